@@ -1,0 +1,71 @@
+"""The class map: the ordered class names that every label of a dataset and every head of a model is an index into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from aplantida_dist.errors import UserError
+from aplantida_dist.files import digest, read_json, write_json
+
+CLASSES_FILE = "classes.json"
+
+
+class ClassMapError(UserError):
+    """Two class maps differ, or a file is not a class map."""
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Ordered, distinct class names; `class_names[label]` is what a label means. Never empty."""
+
+    class_names: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the ordered names: equal digests mean that every label means the same."""
+        return digest(list(self.class_names))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def index_of(self) -> dict[str, int]:
+        """class_name → class_index."""
+        return {name: index for index, name in enumerate(self.class_names)}
+
+    def save(self, path: Path) -> None:
+        """Write classes.json, whole or not at all."""
+        write_json(path, {"version": 1, "digest": self.digest, "classes": list(self.class_names)})
+
+    def require_same(self, other: ClassMap, *, ours: str, theirs: str) -> None:
+        """Raise ClassMapError unless both maps give every label the same meaning; `ours` and `theirs` name their sources."""
+        if self.digest == other.digest:
+            return
+        pairs = zip(self.class_names, other.class_names, strict=False)
+        where = next(
+            (f"; the first difference is class {i}: {a!r} against {b!r}" for i, (a, b) in enumerate(pairs) if a != b),
+            "",
+        )
+        raise ClassMapError(
+            f"{theirs} has {other.num_classes} classes that are not the {self.num_classes} of {ours}{where}; "
+            "labels would change their meaning: use the dataset that the model was trained on, or one built with its classes.json"
+        )
+
+
+def load_class_map(path: Path) -> ClassMap:
+    """Read classes.json and check it against its own digest."""
+    remedy = "build the dataset with `python shards/build.py`"
+    content = read_json(path, what="class map", remedy=remedy)
+    names = content.get("classes") if isinstance(content, dict) else None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ClassMapError(f"{path}: expected a non-empty list of names under 'classes'; {remedy}")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ClassMapError(f"{path}: class {twice!r} stands more than once; {remedy}")
+    class_map = ClassMap(tuple(names))
+    if content.get("digest") != class_map.digest:
+        raise ClassMapError(f"{path}: the names do not match their digest, so the file was edited; {remedy}")
+    return class_map

@@ -1,0 +1,90 @@
+"""The index of a shard: where each image member lies in the tar, how long it is, its crc32 and its label."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aplantida_dist.errors import UserError
+
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4"), ("label", "<u4")])
+"""20 bytes a sample, no header. `offset` is that of the image's bytes; its tar header is the 512 bytes before."""
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+HEADER_BYTES = 512
+REMEDY = "run `python shards/verify.py DATASET` to see everything that is wrong"
+
+
+class ShardError(UserError):
+    """A shard or its index is absent, cut, changed, or not what the manifest says."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """The image of one sample, as read from its shard."""
+
+    sample_key: str
+    content: bytes
+
+
+def read_index(path: Path, *, num_samples: int) -> NDArray[Any]:
+    """Read an index (structured array of INDEX_DTYPE, one entry a sample, in the tar's order)."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{path}: the index cannot be read: {error.strerror}; {REMEDY}") from error
+    expected_bytes = num_samples * INDEX_DTYPE.itemsize
+    if len(content) != expected_bytes:
+        raise ShardError(
+            f"{path}: the index holds {len(content)} bytes, expected {expected_bytes} for {num_samples} samples; {REMEDY}"
+        )
+    return np.frombuffer(content, dtype=INDEX_DTYPE)
+
+
+def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
+    """Read one image with its key: a single `pread` of its tar header and its bytes, checked against the crc32.
+
+    `entry` is one row of the index. Raises ShardError for a cut shard, a header that is not one, or a changed byte.
+    """
+    offset, length = int(entry["offset"]), int(entry["length"])
+    block = os.pread(descriptor, HEADER_BYTES + length, offset - HEADER_BYTES)
+    if len(block) != HEADER_BYTES + length:
+        raise ShardError(
+            f"{shard_path}: ends inside the sample at offset {offset}: {length} bytes expected, the shard is cut short; {REMEDY}"
+        )
+    sample_key = _key_of_header(block[:HEADER_BYTES], offset, shard_path)
+    content = block[HEADER_BYTES:]
+    if zlib.crc32(content) != int(entry["crc32"]):
+        raise ShardError(
+            f"{shard_path}: sample {sample_key} at offset {offset} has changed (its crc32 differs from the index); {REMEDY}"
+        )
+    return Member(sample_key, content)
+
+
+def read_key(descriptor: int, entry: Any, *, shard_path: Path) -> str:
+    """Read only the key of a sample, from its tar header."""
+    offset = int(entry["offset"])
+    return _key_of_header(os.pread(descriptor, HEADER_BYTES, offset - HEADER_BYTES), offset, shard_path)
+
+
+def _key_of_header(header: bytes, offset: int, shard_path: Path) -> str:
+    """The sample key in a tar header: the member's name up to the first dot of its last component."""
+    try:
+        name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+    except tarfile.HeaderError as error:
+        raise ShardError(f"{shard_path}: no tar header before offset {offset}: {error}; {REMEDY}") from None
+    return split_member_name(name)[0]
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """Split a tar member's name into (sample key, extension) as WebDataset does: at the first dot of its last component."""
+    folder, _, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()

@@ -1,0 +1,77 @@
+"""Files written whole or not at all, and digests of what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from aplantida_dist.errors import UserError
+
+
+def canonical_json(content: Any) -> bytes:
+    """Encode content so that equal content gives equal bytes. NaN and infinities are refused with ValueError."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(content: Any) -> str:
+    """Return the sha256 (hex) of the canonical JSON of content."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file: after a crash at any point it holds the old bytes or the new ones, and the new ones survive power loss."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: could not be written: {error.strerror}; make room or choose another folder"
+        ) from error
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write content as readable JSON, whole or not at all."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_whole(path, (text + "\n").encode())
+
+
+def read_json(path: Path, *, what: str, remedy: str) -> Any:
+    """Read a JSON file; `what` names it and `remedy` says what to do, should it be absent or broken."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no {what} here; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as a {what}: {error}; {remedy}") from error
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append one line and sync it to disk before returning."""
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names inside a folder survive power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,211 @@
+"""The history: the record of a run, one validated row an epoch, synced to disk before anything else is told of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from aplantida_dist.errors import UserError
+from aplantida_dist.files import append_line, write_json, write_whole
+
+HISTORY_FILE = "history.jsonl"
+COLUMNS_FILE = "training_history.json"
+SCHEMA = 1
+
+TIME_FIELDS = ("time_utc", "images_per_s", "wait_fraction")
+"""What two equal runs may differ in: clock and speed. Everything else in a row is reproducible."""
+
+
+class HistoryError(UserError):
+    """A row that would lie, or a history file that does not hold rows."""
+
+
+class _Strict(BaseModel):
+    """Finite numbers only; more keys may be added to a row, none renamed."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _added_keys_are_finite(self) -> _Strict:
+        for name, value in (self.model_extra or {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; numbers in the history are finite")
+        return self
+
+
+class SplitMetrics(_Strict):
+    """Metrics over the samples of one split: exact sums divided once. `top1`, `top5`, `macro_top1` are fractions."""
+
+    loss: float
+    top1: float = Field(ge=0.0, le=1.0)
+    top5: float = Field(ge=0.0, le=1.0)
+    macro_top1: float = Field(ge=0.0, le=1.0)
+    num_samples: int = Field(gt=0)
+    expected_samples: int = Field(gt=0)
+    void_samples: int = Field(ge=0)
+    identity_digest: str = Field(pattern=r"^[0-9a-f]{16}$")
+
+    @model_validator(mode="after")
+    def _every_sample_is_accounted_for(self) -> SplitMetrics:
+        if self.num_samples + self.void_samples != self.expected_samples:
+            raise ValueError(
+                f"{self.num_samples} samples counted + {self.void_samples} void are not the {self.expected_samples} expected"
+            )
+        if self.top1 > self.top5:
+            raise ValueError(f"top1 {self.top1} is above top5 {self.top5}")
+        return self
+
+
+class TrainMetrics(SplitMetrics):
+    """The training epoch's metrics, with its speed: images a second over all ranks, share of the time spent waiting for data."""
+
+    images_per_s: float = Field(ge=0.0)
+    wait_fraction: float = Field(ge=0.0, le=1.0)
+
+
+class Digests(_Strict):
+    """What the row was measured on."""
+
+    config: str
+    class_map: str
+    train_manifest: str
+    val_manifest: str | None = None
+
+
+class Row(_Strict):
+    """One line of the history. `epoch` counts from 1; `step` counts completed optimizer updates. A split that was not evaluated is absent."""
+
+    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    epoch: int = Field(ge=1)
+    step: int = Field(ge=1)
+    time_utc: str
+    learning_rate: float = Field(ge=0.0)
+    train: TrainMetrics
+    val: SplitMetrics | None = None
+    digests: Digests
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as the dictionary that history.jsonl, W&B and the console show."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def metric(self, name: str) -> float | None:
+        """Look up a metric by its dotted name, such as `val.top1`; None where this row does not hold it."""
+        value: Any = self.to_json()
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return None
+            value = value[part]
+        return float(value) if isinstance(value, int | float) else None
+
+
+class History:
+    """The rows of a run and their two files: history.jsonl (the record) and training_history.json (the same in columns)."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / HISTORY_FILE
+        self.columns_path = run_dir / COLUMNS_FILE
+        self.rows: list[Row] = read_history(self.path) if self.path.exists() else []
+
+    def append(self, row: Row) -> None:
+        """Write a row to disk, synced, and then the columns file. Raises HistoryError for a row that does not follow the last."""
+        if self.rows and row.step <= self.rows[-1].step:
+            raise HistoryError(
+                f"{self.path}: a row for step {row.step} cannot follow the row of step {self.rows[-1].step}"
+            )
+        append_line(self.path, json.dumps(row.to_json(), allow_nan=False).encode())
+        self.rows.append(row)
+        self._write_columns()
+
+    def cut_after(self, step: int) -> int:
+        """Cut back to the rows up to a checkpoint's step, so that its resumed run writes them again; returns how many went.
+
+        The rows that are cut stay readable in history.cut.jsonl. A last line that a crash left unfinished is dropped too.
+        """
+        keep = [row for row in self.rows if row.step <= step]
+        gone = self.rows[len(keep) :]
+        for row in gone:
+            append_line(self.path.with_name("history.cut.jsonl"), json.dumps(row.to_json(), allow_nan=False).encode())
+        if self.path.exists():
+            lines = [json.dumps(row.to_json(), allow_nan=False) for row in keep]
+            write_whole(self.path, "".join(f"{line}\n" for line in lines).encode())
+        self.rows = keep
+        if keep:
+            self._write_columns()
+        else:
+            self.columns_path.unlink(missing_ok=True)
+        return len(gone)
+
+    def best(self, metric: str, mode: Literal["min", "max"]) -> Row | None:
+        """The row with the best value of a metric; the earliest of equals. None while no row holds the metric."""
+        held = [(value, row) for row in self.rows if (value := row.metric(metric)) is not None]
+        if not held:
+            return None
+        choose = max if mode == "max" else min
+        best_value = choose(value for value, _ in held)
+        return next(row for value, row in held if value == best_value)
+
+    def _write_columns(self) -> None:
+        write_json(self.columns_path, columns_of(self.rows))
+
+
+def make_row(**values: Any) -> Row:
+    """Validate the values of a row; HistoryError says which of them would lie."""
+    try:
+        return Row(**values)
+    except ValidationError as error:
+        raise HistoryError(
+            f"the history refuses the row of epoch {values.get('epoch')}: {_first_fault(error)}"
+        ) from None
+
+
+def read_history(path: Path) -> list[Row]:
+    """Read history.jsonl. A last line without its newline was cut by a crash and is left out; any other bad line is an error."""
+    lines = path.read_bytes().split(b"\n")
+    rows: list[Row] = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(Row.model_validate_json(line))
+        except ValidationError as error:
+            raise HistoryError(
+                f"{path}: line {number} is not a row of schema {SCHEMA}: {_first_fault(error)}; restore the file or start a new run folder"
+            ) from None
+    return rows
+
+
+def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
+    """The rows as columns, accuracies in percent; `None` where a row holds no val."""
+    columns: dict[str, list[Any]] = {
+        "epoch": [row.epoch for row in rows],
+        "step": [row.step for row in rows],
+        "learning_rate": [row.learning_rate for row in rows],
+    }
+    for split in ("train", "val"):
+        parts: list[SplitMetrics | None] = [getattr(row, split) for row in rows]
+        if any(parts):
+            columns[f"{split}_loss"] = [part and part.loss for part in parts]
+            columns[f"{split}_top1_acc"] = [part and 100.0 * part.top1 for part in parts]
+            columns[f"{split}_top5_acc"] = [part and 100.0 * part.top5 for part in parts]
+            columns[f"{split}_macro_top1_acc"] = [part and 100.0 * part.macro_top1 for part in parts]
+            columns[f"{split}_num_samples"] = [part and part.num_samples for part in parts]
+    columns["images_per_s"] = [row.train.images_per_s for row in rows]
+    columns["wait_fraction"] = [row.train.wait_fraction for row in rows]
+    return columns
+
+
+def without_time(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without its clock and speed fields: what an equal run must reproduce byte for byte."""
+    return {
+        name: without_time(value) if isinstance(value, dict) else value
+        for name, value in row.items()
+        if name not in TIME_FIELDS
+    }
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place + ': ' if place else ''}{first['msg']}"
