@@ -79,7 +79,7 @@ class Digests(_Strict):
 class Row(_Strict):
     """One line of the history. `epoch` counts from 1; `step` counts completed optimizer updates. A split that was not evaluated is absent."""
 
-    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(default=1, alias="schema")
     epoch: int = Field(ge=1)
     step: int = Field(ge=1)
     time_utc: str
