@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tarfile
 import zlib
@@ -34,8 +36,8 @@ class Member:
     content: bytes
 
 
-def read_index(path: Path, *, num_samples: int) -> NDArray[Any]:
-    """Read an index (structured array of INDEX_DTYPE, one entry a sample, in the tar's order)."""
+def read_index(path: Path, *, num_samples: int, sha256: str) -> NDArray[Any]:
+    """Read an index (structured array of INDEX_DTYPE, one entry a sample, in the tar's order) and check its digest."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -45,6 +47,8 @@ def read_index(path: Path, *, num_samples: int) -> NDArray[Any]:
         raise ShardError(
             f"{path}: the index holds {len(content)} bytes, expected {expected_bytes} for {num_samples} samples; {REMEDY}"
         )
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ShardError(f"{path}: the index has changed (its sha256 differs from the manifest); {REMEDY}")
     return np.frombuffer(content, dtype=INDEX_DTYPE)
 
 
@@ -88,3 +92,29 @@ def split_member_name(name: str) -> tuple[str, str]:
     folder, _, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def read_metadata(descriptor: int, index: NDArray[Any], member_index: int) -> dict[str, Any]:
+    """Read what a sample's KEY.json holds; empty where it has none.
+
+    A sample's members stand together, so it lies between the image before and the image after.
+    """
+    key = read_key(descriptor, index[member_index], shard_path=Path("shard"))
+    first = _end_of_image(index[member_index - 1]) if member_index else 0
+    last = int(index[member_index + 1]["offset"]) if member_index + 1 < len(index) else os.fstat(descriptor).st_size
+    position = first
+    while position + HEADER_BYTES <= last:
+        try:
+            header = tarfile.TarInfo.frombuf(os.pread(descriptor, HEADER_BYTES, position), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            break  # the zeros at the end of the tar
+        if split_member_name(header.name) == (key, "json"):
+            content = json.loads(os.pread(descriptor, header.size, position + HEADER_BYTES))
+            return content if isinstance(content, dict) else {"content": content}
+        position += HEADER_BYTES + -(-header.size // HEADER_BYTES) * HEADER_BYTES
+    return {}
+
+
+def _end_of_image(entry: Any) -> int:
+    """The offset of the header that follows an image: its end, rounded up to the tar's blocks."""
+    return -(-(int(entry["offset"]) + int(entry["length"])) // HEADER_BYTES) * HEADER_BYTES

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -62,26 +60,6 @@ class Manifest(BaseModel):
         return [self.class_counts.get(str(index), 0) for index in range(num_classes)]
 
 
-@dataclass(frozen=True)
-class Split:
-    """A split of a dataset, opened: its manifest and where its shards lie."""
-
-    split_dir: Path
-    manifest: Manifest
-
-    @cached_property
-    def digest(self) -> str:
-        return self.manifest.digest
-
-    def shard_path(self, shard_index: int) -> Path:
-        """The local path of this shard's tar. The one seam through which a remote dataset will come, by way of a cache."""
-        return self.split_dir / self.manifest.shards[shard_index].name
-
-    def index_path(self, shard_index: int) -> Path:
-        """The local path of this shard's index."""
-        return self.split_dir / self.manifest.shards[shard_index].index_name
-
-
 def identity_of(sample_key: str) -> int:
     """The 64-bit identity of a sample: the first 8 bytes of the sha256 of its key, as a signed integer.
 
@@ -118,6 +96,14 @@ def save_manifest(manifest: Manifest, split_dir: Path) -> None:
 
 def load_manifest(path: Path) -> Manifest:
     """Read a manifest and check that its totals agree with its shards."""
+    manifest = parse_manifest(path)
+    for fault in faults_of_totals(manifest):
+        raise ManifestError(f"{path}: {fault}; rebuild the dataset")
+    return manifest
+
+
+def parse_manifest(path: Path) -> Manifest:
+    """Read a manifest whose totals may be wrong: `shards/verify.py` goes on to its shards, everything else uses `load_manifest`."""
     remedy = "build the dataset with `python shards/build.py`"
     content = read_json(path, what="manifest", remedy=remedy)
     try:
@@ -130,42 +116,27 @@ def load_manifest(path: Path) -> Manifest:
         raise ManifestError(
             f"{path}: version {manifest.version}, this program reads version {MANIFEST_VERSION}; rebuild the dataset"
         )
-    _require_totals(manifest, path)
     return manifest
 
 
-def open_split(dataset_dir: Path, split: str) -> Split:
-    """Open one split of a dataset by its manifest; ManifestError or UserError says what is absent."""
-    if not dataset_dir.is_dir():
-        raise ManifestError(
-            f"{dataset_dir}: no dataset here; build one with `python shards/build.py --from-folder PICTURES --out {dataset_dir}`"
-        )
-    split_dir = dataset_dir / split
-    if not split_dir.is_dir():
-        found = [name for name in SPLITS if (dataset_dir / name / MANIFEST_FILE).is_file()]
-        raise ManifestError(
-            f"{dataset_dir}: has no split {split!r}, only {', '.join(found) or 'none at all'}; choose one of them"
-        )
-    return Split(split_dir, load_manifest(split_dir / MANIFEST_FILE))
-
-
-def _require_totals(manifest: Manifest, path: Path) -> None:
-    """The stated totals must be the sums over the shards, and shard names distinct."""
+def faults_of_totals(manifest: Manifest) -> list[str]:
+    """What the manifest says that contradicts itself: totals that are not the sums over the shards, a shard named twice."""
+    faults = []
     rebuilt = make_manifest(
         split=manifest.split,
         class_map_digest=manifest.class_map_digest,
         shards=manifest.shards,
         identity_sum=int(manifest.identity_digest, 16),
     )
-    if rebuilt.num_samples != manifest.num_samples or rebuilt.class_counts != manifest.class_counts:
-        raise ManifestError(
-            f"{path}: the totals do not agree with the shards ({manifest.num_samples} samples stated, {rebuilt.num_samples} in the shards); rebuild the dataset"
-        )
+    if rebuilt.num_samples != manifest.num_samples:
+        faults.append(f"states {manifest.num_samples} samples, its shards add up to {rebuilt.num_samples}")
+    if rebuilt.class_counts != manifest.class_counts:
+        faults.append("the class counts are not the sums over the shards")
     for shard in manifest.shards:
         if sum(shard.class_counts.values()) != shard.num_samples:
-            raise ManifestError(
-                f"{path}: {shard.name} states {shard.num_samples} samples but its classes add up to {sum(shard.class_counts.values())}; rebuild the dataset"
+            faults.append(
+                f"{shard.name} states {shard.num_samples} samples but its classes add up to {sum(shard.class_counts.values())}"
             )
-    names = [shard.name for shard in manifest.shards]
-    if len(set(names)) != len(names):
-        raise ManifestError(f"{path}: a shard name stands more than once; rebuild the dataset")
+    if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
+        faults.append("a shard name stands more than once")
+    return faults

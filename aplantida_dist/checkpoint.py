@@ -1,0 +1,243 @@
+"""Checkpoints: a run's weights, optimizer and position in one folder that is complete or absent, and checked by digest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from aplantida_dist.errors import UserError
+from aplantida_dist.files import canonical_json, read_json, sha256_of_file, sync_folder, write_json
+
+FORMAT = 1
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+TOTALS_FILE = "totals.safetensors"
+POSITION_FILE = "position.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint is absent, incomplete, changed, or does not fit what it is loaded into."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands and what it stands on: position.json. `step` counts completed updates; all else follows from it.
+
+    The last four tell of the running epoch so far: the main process's seconds in it, the nanoseconds that all ranks spent and
+    of them waited for data, and the steps that the fp16 scaler skipped.
+    """
+
+    step: int
+    epoch: int
+    world_size: int
+    digests: Mapping[str, str]
+    law_fields: Mapping[str, Any]
+    code_version: str
+    wandb_run_id: str
+    optimizer: Mapping[str, Any]
+    scaler: Mapping[str, Any]
+    train_s: float
+    spent_ns: int
+    waited_ns: int
+    skipped_steps: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files have been checked against their digests."""
+
+    path: Path
+    position: Position
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The weights under timm's names, on the CPU."""
+        return dict(load_file(self.path / MODEL_FILE))
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, as `save_checkpoint` was given them."""
+        return dict(load_file(self.path / OPTIMIZER_FILE))
+
+    def totals(self) -> Tensor:
+        """The running epoch's totals over all ranks, int64; zeros at the end of an epoch."""
+        totals: Tensor = load_file(self.path / TOTALS_FILE)["totals"]
+        return totals
+
+
+def save_checkpoint(
+    checkpoints_dir: Path,
+    *,
+    position: Position,
+    model_state: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor],
+    totals: Tensor,
+) -> Path:
+    """Write a checkpoint beside its place, sync it, and move it there. For the main process."""
+    path = checkpoints_dir / f"step_{position.step:08d}"
+    beside = checkpoints_dir / f".{path.name}.{os.getpid()}.part"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for name, tensors in (
+            (MODEL_FILE, model_state),
+            (OPTIMIZER_FILE, optimizer_state),
+            (TOTALS_FILE, {"totals": totals}),
+        ):
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside / name)
+            _sync_file(beside / name)
+        files = {name: sha256_of_file(beside / name) for name in (MODEL_FILE, OPTIMIZER_FILE, TOTALS_FILE)}
+        write_json(beside / POSITION_FILE, {"format": FORMAT, **asdict(position), "files": files})
+        sync_folder(beside)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(beside, path)
+        sync_folder(checkpoints_dir)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise CheckpointError(
+            f"{path}: the checkpoint could not be written: {error}; make room and run the same command again"
+        ) from error
+    return path
+
+
+def point_to(checkpoints_dir: Path, pointer: str, checkpoint: Path, **facts: Any) -> None:
+    """Make last.json or best.json name a checkpoint, with the digest of its position.json and what else is to be known."""
+    content = {"checkpoint": checkpoint.name, "digest": sha256_of_file(checkpoint / POSITION_FILE), **facts}
+    write_json(checkpoints_dir / f"{pointer}.json", content)
+
+
+def named_by(checkpoints_dir: Path, pointer: str) -> Path | None:
+    """The checkpoint that last.json or best.json names; None where there is no such file."""
+    path = checkpoints_dir / f"{pointer}.json"
+    if not path.exists():
+        return None
+    content = read_json(
+        path,
+        what="pointer to a checkpoint",
+        remedy=f"delete it, or name the checkpoint's folder instead of {pointer!r}",
+    )
+    return checkpoints_dir / str(content["checkpoint"])
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint and check every file against its digest; CheckpointError names what is wrong."""
+    content = read_json(path / POSITION_FILE, what="checkpoint", remedy="choose a folder below checkpoints/")
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {content.get('format')}, this program reads format {FORMAT}; use the version that wrote it"
+        )
+    for name, expected in content["files"].items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: {name} is missing; choose another checkpoint")
+        if sha256_of_file(path / name) != expected:
+            raise CheckpointError(
+                f"{path}: {name} has changed since it was written (its sha256 differs); choose another checkpoint"
+            )
+    fields = {key: value for key, value in content.items() if key not in ("format", "files")}
+    return Checkpoint(path, Position(**fields))
+
+
+def newest_sound_checkpoint(checkpoints_dir: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint of the largest step that is whole; every broken newer one is named to `warn`. None where there is none.
+
+    Raises CheckpointError where checkpoints exist and none is whole: to start again in silence would lose the run.
+    """
+    folders = sorted(checkpoints_dir.glob("step_*"), reverse=True)
+    faults = []
+    for folder in folders:
+        try:
+            return load_checkpoint(folder)
+        except UserError as error:
+            faults.append(str(error))
+            warn(f"{error}; falling back to the checkpoint before it")
+    if faults:
+        raise CheckpointError(
+            f"{checkpoints_dir}: none of the {len(faults)} checkpoints is whole; the newest: {faults[0]}; start a new run folder"
+        )
+    return None
+
+
+def retain(checkpoints_dir: Path, *, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best, and what crashed writers left."""
+    best = named_by(checkpoints_dir, "best")
+    newest = set(sorted(checkpoints_dir.glob("step_*"))[-keep_last:])
+    for folder in checkpoints_dir.glob("step_*"):
+        if folder not in newest and folder != best:
+            shutil.rmtree(folder)
+    for leftover in checkpoints_dir.glob(".step_*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def load_model_state(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a model the checkpoint's weights, all of them; CheckpointError names those that do not fit."""
+    state = checkpoint.model_state()
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    reshaped = [key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]
+    if missing or unexpected or reshaped:
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights do not fit the model: {len(missing)} missing, {len(unexpected)} unexpected, "
+            f"{len(reshaped)} of another shape, such as {(missing + unexpected + sorted(reshaped))[0]}; use the config that it was trained with"
+        )
+    model.load_state_dict(state)
+
+
+def pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state into tensors, keyed `parameter name/state name`, and what is JSON (no pickle).
+
+    The second part holds `groups` (each parameter group's settings, some of which count steps) and `scalars`.
+    """
+    names = _parameter_names(model, optimizer)
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            place = tensors if isinstance(value, Tensor) else scalars
+            place[f"{names[index]}/{key}"] = value
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+    return tensors, json.loads(canonical_json({"groups": groups, "scalars": scalars}))
+
+
+def unpack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Give an optimizer the state that `pack_optimizer` took; CheckpointError where the parameters are not the same."""
+    names = _parameter_names(model, optimizer)
+    indices = {name: index for index, name in enumerate(names)}
+    state: dict[int, dict[str, Any]] = {}
+    packed = {**checkpoint.optimizer_state(), **checkpoint.position.optimizer["scalars"]}
+    for place, value in packed.items():
+        name, _, key = place.rpartition("/")
+        if name not in indices:
+            raise CheckpointError(
+                f"{checkpoint.path}: the optimizer knows {name}, the model does not; use the config that it was trained with"
+            )
+        state.setdefault(indices[name], {})[key] = value
+    current = optimizer.state_dict()
+    groups = checkpoint.position.optimizer["groups"]
+    if len(groups) != len(current["param_groups"]):
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(groups)} parameter groups, the optimizer has {len(current['param_groups'])}; use the config that it was trained with"
+        )
+    for ours, theirs in zip(current["param_groups"], groups, strict=True):
+        # JSON has no tuples, and optimizers such as AdamW keep their betas in one.
+        ours.update({key: tuple(value) if isinstance(ours.get(key), tuple) else value for key, value in theirs.items()})
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The name of each parameter at the place where the optimizer's state_dict numbers it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

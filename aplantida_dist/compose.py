@@ -1,0 +1,267 @@
+"""The one file that puts a training together: from a config, a dataset and a world to a job and where it begins."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from aplantida_dist import __version__
+from aplantida_dist.checkpoint import Checkpoint, load_model_state, unpack_optimizer
+from aplantida_dist.config import Config
+from aplantida_dist.data.classmap import ClassMap
+from aplantida_dist.data.dataset import Split, open_dataset
+from aplantida_dist.data.images import EvaluationTransform, TrainTransform
+from aplantida_dist.data.plan import TrainPlan
+from aplantida_dist.data.stream import Reading
+from aplantida_dist.history import History
+from aplantida_dist.metrics import Totals
+from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
+from aplantida_dist.progress import open_progress
+from aplantida_dist.record import MainRecord, NullRecord, Provenance, Record
+from aplantida_dist.report import new_run_id, open_report
+from aplantida_dist.run_folder import checkpoints_dir, find_checkpoint, prepare_run_folder, require_same_run
+from aplantida_dist.schedule import Schedule
+from aplantida_dist.status import Status
+from aplantida_dist.strict_yaml import dump_yaml
+from aplantida_dist.trainer import Job, Running
+from aplantida_dist.world import World
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for beside the config."""
+
+    run_dir: Path
+    resume: str
+    max_samples: int | None
+    extra_checks: bool
+
+
+@dataclass(frozen=True)
+class Training:
+    """A job, the step it begins at, and the epoch it begins in the middle of."""
+
+    job: Job
+    start_step: int
+    running: Running
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What a run stands on: found on every rank alone, before the processes do anything together."""
+
+    class_map: ClassMap
+    train_split: Split
+    val_split: Split | None
+    plan: TrainPlan
+    model: nn.Module
+    checkpoint: Checkpoint | None
+    digests: dict[str, str]
+
+    @property
+    def start_step(self) -> int:
+        return 0 if self.checkpoint is None else self.checkpoint.position.step
+
+
+def compose_across_ranks(config: Config, *, world: World, request: Request) -> Training:
+    """Collective. Put a training together; any rank's UserError is raised on all of them before a step is taken."""
+    ground = world.agree_across_ranks(lambda: _lay_ground(config, world=world, request=request))
+    world.require_equal_across_ranks(
+        "what the run stands on (config, dataset, checkpoint)", f"{ground.digests} at {ground.start_step}"
+    )
+    pixels = pixel_convention(ground.model)
+    optimizer = world.agree_across_ranks(
+        lambda: build_optimizer(
+            ground.model,
+            name=config.optimizer.name,
+            weight_decay=config.optimizer.weight_decay,
+            kwargs=config.optimizer.kwargs,
+        )
+    )
+    model, optimizer = world.prepare(ground.model, optimizer)
+    running = Running(Totals(ground.class_map.num_classes, world.device))
+    if ground.checkpoint is not None:
+        _restore(ground.checkpoint, world=world, model=model, optimizer=optimizer, running=running)
+    schedule = _schedule(config, ground.plan)
+    record = world.agree_across_ranks(
+        lambda: _open_record(config, ground, world=world, request=request, total_steps=schedule.total_steps)
+    )
+    train_transform, evaluation_transform = _transforms(config, pixels)
+    job = Job(
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        normalize=Normalize(pixels, world.device),
+        plan=ground.plan,
+        schedule=schedule,
+        train_split=ground.train_split,
+        val_split=ground.val_split,
+        train_transform=train_transform,
+        evaluation_transform=evaluation_transform,
+        reading=reading_of(config, world),
+        record=record,
+        digests=ground.digests,
+        num_classes=ground.class_map.num_classes,
+        seed=config.seed,
+        label_smoothing=config.loss.label_smoothing,
+        clip_norm=config.train.clip_norm,
+        log_every_steps=config.train.log_every_steps,
+        checkpoint_every_steps=config.checkpoint.every_steps,
+        evaluate_every_epochs=config.evaluation.every_epochs,
+        evaluation_micro_batch_size=config.evaluation.micro_batch_size,
+        extra_checks=request.extra_checks,
+    )
+    world.agree_across_ranks(config.require_all_read)
+    return Training(job, ground.start_step, running)
+
+
+def reading_of(config: Config, world: World) -> Reading:
+    """How this machine reads: the config's workers, and pinned memory where there is a GPU to copy to."""
+    return Reading(config.data.num_workers, config.data.prefetch_micro_batches, pin_memory=world.device.type == "cuda")
+
+
+def model_of(config: Config, *, num_classes: int, pretrained: bool) -> nn.Module:
+    """The model that a config describes."""
+    return build_model(
+        config.model.name,
+        num_classes=num_classes,
+        image_size=config.data.image_size,
+        pretrained=pretrained,
+        kwargs=config.model.kwargs,
+        seed=config.seed,
+    )
+
+
+def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
+    """Open the dataset, find the checkpoint, make the model; the main process makes the run folder."""
+    dataset = open_dataset(Path(config.data.dataset))
+    train_split = dataset.open_split("train", max_samples=request.max_samples)
+    val_split = dataset.open_split("val", max_samples=request.max_samples) if config.evaluation.every_epochs else None
+    digests = {
+        "config": config.digest,
+        "class_map": dataset.class_map.digest,
+        "train_manifest": train_split.digest,
+        **({} if val_split is None else {"val_manifest": val_split.digest}),
+    }
+    checkpoint = find_checkpoint(request.run_dir, request.resume, warn=_warn if world.is_main else _keep_silent)
+    if checkpoint is not None:
+        require_same_run(
+            checkpoint,
+            run_dir=request.run_dir,
+            class_map=dataset.class_map,
+            digests=digests,
+            law_fields=config.law_fields(),
+        )
+    # A checkpoint brings all weights, so those of timm's hub are not fetched a second time.
+    pretrained = config.model.pretrained and checkpoint is None
+    model = model_of(config, num_classes=dataset.class_map.num_classes, pretrained=pretrained)
+    if checkpoint is not None:
+        load_model_state(model, checkpoint)
+    plan = TrainPlan(
+        shard_sizes=train_split.shard_sizes,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        block_samples=config.data.block_samples,
+    )
+    if world.is_main:
+        prepare_run_folder(request.run_dir, config_yaml=dump_yaml(config.to_dict()), class_map=dataset.class_map)
+    return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, digests)
+
+
+def _restore(
+    checkpoint: Checkpoint, *, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, running: Running
+) -> None:
+    """Give optimizer, scaler and the running epoch what the checkpoint holds; its sums go on from the main process alone."""
+    position = checkpoint.position
+    unpack_optimizer(world.unwrap(model), optimizer.optimizer, checkpoint)
+    if position.scaler and world.accelerator.scaler is not None:
+        world.accelerator.scaler.load_state_dict(dict(position.scaler))
+    running.train_s, running.skipped_steps = position.train_s, position.skipped_steps
+    if world.is_main:
+        running.totals.merge(checkpoint.totals())
+        running.spent_ns, running.waited_ns = position.spent_ns, position.waited_ns
+
+
+def _schedule(config: Config, plan: TrainPlan) -> Schedule:
+    """The schedule in steps. A constant rate has no end to fall to, so `final_lr` is not read for it."""
+    settings = config.schedule
+    return Schedule(
+        kind=settings.kind,
+        peak_lr=config.optimizer.peak_lr,
+        final_lr=config.optimizer.peak_lr if settings.kind == "constant" else settings.final_lr,
+        warmup_steps=math.ceil(settings.warmup_epochs * plan.steps_per_epoch),
+        total_steps=config.train.epochs * plan.steps_per_epoch,
+    )
+
+
+def _transforms(config: Config, pixels: PixelConvention) -> tuple[TrainTransform, EvaluationTransform]:
+    data = config.data
+    train_transform = TrainTransform(
+        image_size=data.image_size,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        horizontal_flip=data.horizontal_flip,
+        interpolation=pixels.interpolation,
+    )
+    return train_transform, evaluation_transform_of(config, pixels)
+
+
+def evaluation_transform_of(config: Config, pixels: PixelConvention) -> EvaluationTransform:
+    """The evaluation transform: the config's size, the model's crop fraction and interpolation."""
+    return EvaluationTransform(config.data.image_size, pixels.crop_fraction, pixels.interpolation)
+
+
+def _open_record(config: Config, ground: _Ground, *, world: World, request: Request, total_steps: int) -> Record:
+    """Open history, report, progress and status on the main process; the other ranks get silence."""
+    report, checkpoint = config.report, config.checkpoint
+    settings = (report.wandb, report.project, report.name, list(report.tags))
+    keep_last, best_metric, best_mode = checkpoint.keep_last, checkpoint.best_metric, checkpoint.best_mode
+    if not world.is_main:
+        return NullRecord()
+    run_id = new_run_id() if ground.checkpoint is None else ground.checkpoint.position.wandb_run_id
+    history = History(request.run_dir)
+    cut = history.cut_after(ground.start_step)
+    if cut:
+        _warn(
+            f"{cut} rows of the history lie beyond the checkpoint of step {ground.start_step}; they will be written again"
+        )
+    mode, project, name, tags = settings
+    return MainRecord(
+        history=history,
+        report=open_report(
+            mode=mode,
+            project=project,
+            name=name or request.run_dir.name,
+            tags=tags,
+            run_id=run_id,
+            run_dir=request.run_dir,
+            config=config.to_dict(),
+        ),
+        progress=open_progress(is_main=True, first_step=ground.start_step, total_steps=total_steps),
+        status=Status(request.run_dir, total_steps=total_steps),
+        checkpoints_dir=checkpoints_dir(request.run_dir),
+        provenance=Provenance(
+            world_size=world.world_size,
+            digests=ground.digests,
+            law_fields=config.law_fields(),
+            code_version=__version__,
+            wandb_run_id=run_id,
+        ),
+        keep_last=keep_last,
+        best_metric=best_metric,
+        best_mode=best_mode,
+    )
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _keep_silent(text: str) -> None:
+    """The other ranks see the same and leave it to the main process to say it."""

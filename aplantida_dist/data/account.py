@@ -1,0 +1,169 @@
+"""The account of a build: every file that came in is a sample that was written or a file that was left out, by reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aplantida_dist.data.folder import MetadataUse
+from aplantida_dist.data.manifest import Manifest
+from aplantida_dist.data.record import MEANING_OF_REASON, LeftOut, Reason
+from aplantida_dist.files import write_json, write_whole
+
+REPORT_FILES = ("report.json", "report.md")
+REPORT_VERSION = 1
+LISTED_PER_REASON = 20
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a build did. Nothing in it depends on the clock, the machine, or where the folders lie.
+
+    `source_name` is the last part of the source's path. `classes_without_samples` had a folder, but nothing in it was usable.
+    """
+
+    source_name: str
+    seed: int
+    num_files: int
+    class_names: tuple[str, ...]
+    classes_without_samples: tuple[str, ...]
+    manifests: tuple[Manifest, ...]
+    left_out: tuple[LeftOut, ...]
+    metadata: MetadataUse | None
+
+    @property
+    def num_samples(self) -> int:
+        return sum(manifest.num_samples for manifest in self.manifests)
+
+    @property
+    def left_out_by_reason(self) -> dict[Reason, int]:
+        """Files left out for every reason, 0 included, in the order of `MEANING_OF_REASON`."""
+        counts = Counter(left_out.reason for left_out in self.left_out)
+        return {reason: counts[reason] for reason in MEANING_OF_REASON}
+
+
+def save_account(account: Account, dataset_dir: Path) -> None:
+    """Write report.json (everything) and report.md (for reading)."""
+    json_path, markdown_path = (dataset_dir / name for name in REPORT_FILES)
+    write_json(json_path, to_json(account))
+    write_whole(markdown_path, to_markdown(account).encode())
+
+
+def to_json(account: Account) -> dict[str, Any]:
+    """The account as report.json holds it. `class_counts` has one row a class: samples in each split."""
+    return {
+        "version": REPORT_VERSION,
+        "source": account.source_name,
+        "seed": account.seed,
+        "num_files": account.num_files,
+        "num_samples": account.num_samples,
+        "num_left_out": len(account.left_out),
+        "splits": {manifest.split: _split_row(manifest) for manifest in account.manifests},
+        "left_out_by_reason": account.left_out_by_reason,
+        "left_out": [asdict(left_out) for left_out in account.left_out],
+        "classes_without_samples": account.classes_without_samples,
+        "class_counts": {
+            name: {manifest.split: manifest.class_counts.get(str(label), 0) for manifest in account.manifests}
+            for label, name in enumerate(account.class_names)
+        },
+        "metadata": None if account.metadata is None else asdict(account.metadata),
+    }
+
+
+def to_text(account: Account) -> str:
+    """The account as the console shows it: a table of the splits, a table of what was left out, and their sum."""
+    lines = ["split   samples  classes  shards       MB"]
+    for manifest in account.manifests:
+        row = _split_row(manifest)
+        lines.append(
+            f"{manifest.split:<6} {row['num_samples']:>8,} {row['num_classes']:>8,} {row['num_shards']:>7,} {row['bytes'] / 1e6:>8,.1f}"
+        )
+    for reason, count in account.left_out_by_reason.items():
+        if count:
+            lines.append(f"left out {count:>6,}  {reason}: {MEANING_OF_REASON[reason]}")
+    lines.append(_sum_of(account))
+    lines += _remarks(account)
+    return "\n".join(lines)
+
+
+def to_markdown(account: Account) -> str:
+    """The account as report.md: the same tables, the classes from rare to frequent, and examples of what was left out."""
+    lines = [f"# What became of `{account.source_name}`", "", f"- {_sum_of(account)}"]
+    lines += [f"- {remark}" for remark in _remarks(account)]
+    lines += ["", "| split | samples | classes | shards | MB |", "|---|--:|--:|--:|--:|"]
+    for manifest in account.manifests:
+        row = _split_row(manifest)
+        lines.append(
+            f"| {manifest.split} | {row['num_samples']:,} | {row['num_classes']:,} | {row['num_shards']:,} | {row['bytes'] / 1e6:,.1f} |"
+        )
+    lines += ["", "## Left out", "", "| reason | files | what it means |", "|---|--:|---|"]
+    lines += [
+        f"| {reason} | {account.left_out_by_reason[reason]:,} | {text} |" for reason, text in MEANING_OF_REASON.items()
+    ]
+    lines += _examples(account)
+    lines += _class_table(account)
+    return "\n".join(lines) + "\n"
+
+
+def _split_row(manifest: Manifest) -> dict[str, int]:
+    return {
+        "num_samples": manifest.num_samples,
+        "num_classes": len(manifest.class_counts),
+        "num_shards": len(manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+    }
+
+
+def _sum_of(account: Account) -> str:
+    return f"{account.num_files:,} files = {account.num_samples:,} samples written + {len(account.left_out):,} left out"
+
+
+def _remarks(account: Account) -> list[str]:
+    """What a reader must know beside the tables, one line each."""
+    remarks = []
+    if account.classes_without_samples:
+        names = account.classes_without_samples
+        shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+        remarks.append(f"{len(names):,} class folders hold nothing usable and are not in classes.json: {shown}")
+    use = account.metadata
+    if use is not None and use.unmatched:
+        number, image_path = use.unmatched[0]
+        remarks.append(
+            f"{len(use.unmatched):,} of {use.num_lines:,} metadata lines name no file in a class folder, first line {number}: {image_path}"
+        )
+    if use is not None and use.num_files_without_line:
+        remarks.append(
+            f"{use.num_files_without_line:,} files have no metadata line; their KEY.json holds what the folder knew"
+        )
+    return remarks
+
+
+def _examples(account: Account) -> list[str]:
+    lines = []
+    for reason in MEANING_OF_REASON:
+        files = [left_out for left_out in account.left_out if left_out.reason == reason]
+        if files:
+            lines += ["", f"### {reason}", ""]
+            lines += [
+                f"- `{_cell(file.source)}`" + (f": {_cell(file.detail)}" if file.detail else "")
+                for file in files[:LISTED_PER_REASON]
+            ]
+        if len(files) > LISTED_PER_REASON:
+            lines.append(f"- and {len(files) - LISTED_PER_REASON:,} more, listed in report.json")
+    return lines
+
+
+def _class_table(account: Account) -> list[str]:
+    splits = [manifest.split for manifest in account.manifests]
+    counts = [manifest.counts_of_classes(len(account.class_names)) for manifest in account.manifests]
+    rows = sorted(zip(account.class_names, *counts, strict=True), key=lambda row: (row[1], row[0]))
+    lines = ["", "## Classes, rarest first", ""]
+    lines += [f"| class | {' | '.join(splits)} |", f"|---|{'--:|' * len(splits)}"]
+    return lines + [f"| {_cell(name)} | {' | '.join(f'{count:,}' for count in row)} |" for name, *row in rows]
+
+
+def _cell(text: str) -> str:
+    """Text that neither ends a table cell nor a line."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,142 @@
+"""A dataset, opened for reading: its class map and its splits, and where each shard lies."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
+from aplantida_dist.data.index import ShardError, read_index, read_key
+from aplantida_dist.data.manifest import (
+    MANIFEST_FILE,
+    SPLITS,
+    Manifest,
+    ManifestError,
+    identity_digest,
+    identity_of,
+    load_manifest,
+)
+from aplantida_dist.data.plan import IntArray
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset folder and the class map that all its splits share."""
+
+    dataset_dir: Path
+    class_map: ClassMap
+
+    def has_split(self, name: str) -> bool:
+        return (self.dataset_dir / name / MANIFEST_FILE).is_file()
+
+    def open_split(self, name: str, *, max_samples: int | None = None) -> Split:
+        """Open a split by its manifest, or the first `max_samples` of it. Every shard must be there at its full size."""
+        split_dir = self.dataset_dir / name
+        if not self.has_split(name):
+            found = ", ".join(known for known in SPLITS if self.has_split(known)) or "none at all"
+            raise ManifestError(f"{self.dataset_dir}: has no split {name!r}, only {found}; build it or choose another")
+        manifest = load_manifest(split_dir / MANIFEST_FILE)
+        if manifest.class_map_digest != self.class_map.digest:
+            raise ManifestError(
+                f"{split_dir / MANIFEST_FILE}: was built with other classes than {self.dataset_dir / CLASSES_FILE} "
+                "(their digests differ), so its labels mean something else; rebuild the dataset"
+            )
+        if manifest.num_samples == 0 or max_samples == 0:
+            raise ManifestError(
+                f"{split_dir}: no samples to read (the manifest holds {manifest.num_samples}); an epoch needs at least one"
+            )
+        split = Split(split_dir, manifest, max_samples)
+        split.require_shards()
+        return split
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split opened for reading. With `max_samples` it is the first so many samples of the manifest's order."""
+
+    split_dir: Path
+    manifest: Manifest
+    max_samples: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.split_dir.name
+
+    @cached_property
+    def digest(self) -> str:
+        """The manifest's digest; a limited split is another split."""
+        return self.manifest.digest + (f":{self.num_samples}" if self.is_limited else "")
+
+    @cached_property
+    def shard_sizes(self) -> IntArray:
+        """int64 [shards], the samples to read of each shard in the manifest's order."""
+        sizes = np.array([shard.num_samples for shard in self.manifest.shards], dtype=np.int64)
+        if self.max_samples is None:
+            return sizes
+        before = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+        return np.clip(self.max_samples - before, 0, sizes)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.shard_sizes.sum())
+
+    @property
+    def is_limited(self) -> bool:
+        return self.num_samples < self.manifest.num_samples
+
+    @cached_property
+    def identity_digest(self) -> str:
+        """What an epoch's sum of identities must be: the manifest's, or for a limited split that of the keys in its headers."""
+        if not self.is_limited:
+            return self.manifest.identity_digest
+        return identity_digest(
+            sum(identity_of(key) for index in range(len(self.shard_sizes)) for key in self._keys(index))
+        )
+
+    def shard_path(self, shard_index: int) -> Path:
+        """The local path of this shard's tar. The one seam through which a remote dataset will come, by way of a cache."""
+        return self.split_dir / self.manifest.shards[shard_index].name
+
+    def index_path(self, shard_index: int) -> Path:
+        """The local path of this shard's index."""
+        return self.split_dir / self.manifest.shards[shard_index].index_name
+
+    def require_shards(self) -> None:
+        """Raise ShardError for the first shard that is absent or not as long as the manifest says."""
+        for shard_index, shard in enumerate(self.manifest.shards):
+            path = self.shard_path(shard_index)
+            try:
+                found_bytes = path.stat().st_size
+            except OSError as error:
+                raise ShardError(
+                    f"{path}: the shard is not there ({error.strerror}); copy or rebuild the dataset"
+                ) from None
+            if found_bytes != shard.bytes:
+                raise ShardError(
+                    f"{path}: the shard has {found_bytes} bytes, the manifest says {shard.bytes}; copy or rebuild the dataset"
+                )
+
+    def _keys(self, shard_index: int) -> list[str]:
+        """The keys of a shard's samples that are to be read, from its tar headers."""
+        shard = self.manifest.shards[shard_index]
+        index = read_index(self.index_path(shard_index), num_samples=shard.num_samples, sha256=shard.index_sha256)
+        path = self.shard_path(shard_index)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return [read_key(descriptor, entry, shard_path=path) for entry in index[: self.shard_sizes[shard_index]]]
+        finally:
+            os.close(descriptor)
+
+
+def open_dataset(dataset_dir: Path) -> Dataset:
+    """Open a dataset by its class map; the error says where there is none."""
+    if not (dataset_dir / CLASSES_FILE).is_file():
+        raise ManifestError(
+            f"{dataset_dir}: no dataset here (no {CLASSES_FILE}); "
+            f"build one with `python shards/build.py --from-folder PICTURES --out {dataset_dir}`"
+        )
+    return Dataset(dataset_dir, load_class_map(dataset_dir / CLASSES_FILE))

@@ -1,0 +1,103 @@
+"""Bytes to pixels: decode, choose the crop, one antialiased resize to uint8, flip. Normalizing is the device's work."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+Pixels = NDArray[np.uint8]
+Interpolation = Literal["bicubic", "bilinear"]
+
+MAX_PIXELS = 100_000_000
+"""Pictures that claim more are refused before their pixels are allocated (a photograph has 10⁷ to 10⁸)."""
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_CROP_ATTEMPTS = 10
+
+
+class DecodeError(Exception):
+    """These bytes are not a picture that can be decoded whole. The stream adds which sample it was."""
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop (Szegedy et al. 2015, as in torchvision) and horizontal flip.
+
+    crop_scale: share of the picture's area, smallest and largest. crop_ratio: width / height, drawn log-uniformly.
+    """
+
+    image_size: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    horizontal_flip: float
+    interpolation: Interpolation
+
+    def __call__(self, content: bytes, seed: int) -> Pixels:
+        """Return uint8 [image_size, image_size, 3]; what is drawn depends on the seed alone."""
+        image = decode(content)
+        random = Random(seed)
+        box = self._crop_box(image.width, image.height, random)
+        pixels = _resize(image, box, self.image_size, self.interpolation)
+        return pixels[:, ::-1] if random.random() < self.horizontal_flip else pixels
+
+    def _crop_box(self, width: int, height: int, random: Random) -> tuple[int, int, int, int]:
+        """Draw a crop (left, upper, right, lower); after ten that do not fit, the largest central one of a legal ratio."""
+        for _ in range(_CROP_ATTEMPTS):
+            area = width * height * random.uniform(*self.crop_scale)
+            ratio = math.exp(random.uniform(math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])))
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left, upper = random.randint(0, width - crop_width), random.randint(0, height - crop_height)
+                return left, upper, left + crop_width, upper + crop_height
+        ratio = min(max(width / height, self.crop_ratio[0]), self.crop_ratio[1])
+        crop_width, crop_height = min(width, round(height * ratio)), min(height, round(width / ratio))
+        left, upper = (width - crop_width) // 2, (height - crop_height) // 2
+        return left, upper, left + max(crop_width, 1), upper + max(crop_height, 1)
+
+
+@dataclass(frozen=True)
+class EvaluationTransform:
+    """The central square of `crop_fraction` of the shorter side, resized; no randomness."""
+
+    image_size: int
+    crop_fraction: float
+    interpolation: Interpolation
+
+    def __call__(self, content: bytes, seed: int) -> Pixels:
+        """Return uint8 [image_size, image_size, 3]; the seed is not used."""
+        image = decode(content)
+        side = min(image.size) * self.crop_fraction
+        left, upper = (image.width - side) / 2, (image.height - side) / 2
+        return _resize(image, (left, upper, left + side, upper + side), self.image_size, self.interpolation)
+
+
+Transform = TrainTransform | EvaluationTransform
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decode a whole picture to RGB, turned upright by its EXIF orientation. Raises DecodeError with the reason."""
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.width * image.height > MAX_PIXELS:
+            raise DecodeError(f"claims {image.width} × {image.height} pixels, more than {MAX_PIXELS:,}")
+        upright = ImageOps.exif_transpose(image)
+        return upright.convert("RGB") if upright.mode != "RGB" else upright
+    except DecodeError:
+        raise
+    except Exception as error:
+        # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more for bytes that are not a picture.
+        raise DecodeError(f"does not decode: {error}") from error
+
+
+def _resize(
+    image: Image.Image, box: tuple[float, float, float, float], side: int, interpolation: Interpolation
+) -> Pixels:
+    resized: Any = image.resize((side, side), _RESAMPLING[interpolation], box=box)
+    return np.asarray(resized)

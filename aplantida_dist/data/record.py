@@ -1,0 +1,56 @@
+"""A record: what a source knows of one picture before it is a sample, and why it may not become one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Reason = Literal[
+    "outside_classes",
+    "unreadable",
+    "not_a_picture",
+    "other_format",
+    "too_large",
+    "undecodable",
+    "duplicate",
+    "leak",
+    "conflicting_labels",
+]
+
+MEANING_OF_REASON: dict[Reason, str] = {
+    "outside_classes": "lies in no class folder",
+    "unreadable": "could not be read",
+    "not_a_picture": "holds nothing that is known as a picture",
+    "other_format": "a picture, but neither JPEG, PNG nor WebP",
+    "too_large": "more bytes or pixels than a picture may have",
+    "undecodable": "a picture that does not decode to its end",
+    "duplicate": "same bytes as a sample of the same split",
+    "leak": "same bytes as a sample of another split, which keeps it",
+    "conflicting_labels": "same bytes under several classes",
+}
+"""Every reason for which a record is left out, in the order of the report."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One picture file as its source describes it.
+
+    `path` opens the file; `source` names it in reports: relative, '/' between its parts, valid UTF-8. `split` is None where the
+    builder is to decide. `metadata` is the canonical JSON that becomes KEY.json: bytes, since a million dictionaries are 1 GB.
+    """
+
+    path: str
+    source: str
+    class_name: str
+    split: str | None
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """One file that did not become a sample. `detail` says what was found; `class_name` is None outside the class folders."""
+
+    source: str
+    class_name: str | None
+    reason: Reason
+    detail: str

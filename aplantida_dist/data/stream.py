@@ -1,0 +1,202 @@
+"""The stream: from the plan's coordinates to micro-batches of pixels, by offset reads in DataLoader workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from aplantida_dist.data.images import DecodeError, Transform
+from aplantida_dist.data.index import ShardError, read_index, read_member, read_metadata
+from aplantida_dist.data.dataset import Split
+from aplantida_dist.data.manifest import identity_of
+from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
+from aplantida_dist.errors import UserError
+from aplantida_dist.seeds import derive
+
+MAX_OPEN_SHARDS = 512
+"""File descriptors a worker keeps open; half of the usual limit of 1,024."""
+
+
+class StreamError(UserError):
+    """A sample that the plan names could not be delivered; the text names its shard and key."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: images uint8 [b, 3, h, w]; labels int64 [b]; weights float32 [b]; identities int64 [b]; keys [b].
+
+    Padding has weight 0. `metadata` is what KEY.json holds, where it was asked for. `failure` is the text of an error that a worker met; such a batch never leaves the stream.
+    """
+
+    at: Coordinates
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+    identities: Tensor
+    sample_keys: tuple[str, ...]
+    metadata: tuple[dict[str, Any], ...] = ()
+    failure: str | None = None
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader's pinning thread where there is a GPU."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to the device; from pinned memory the copy runs beside the host."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with(self, move: Any) -> Batch:
+        return replace(
+            self,
+            images=move(self.images),
+            labels=move(self.labels),
+            weights=move(self.weights),
+            identities=move(self.identities),
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the stream is read, which never changes what is read: worker processes, micro-batches ahead a worker, pinning."""
+
+    num_workers: int
+    prefetch_micro_batches: int
+    pin_memory: bool
+
+
+class MicroBatches(Dataset[Batch]):
+    """Map-style: coordinates in, the whole micro-batch out, so that workers cannot change what a slot holds."""
+
+    def __init__(
+        self,
+        split: Split,
+        plan: TrainPlan | StoredPlan,
+        transform: Transform,
+        *,
+        seed: int,
+        with_metadata: bool = False,
+    ) -> None:
+        self.with_metadata = with_metadata
+        self.split = split
+        self.plan = plan
+        self.transform = transform
+        self.seed = seed
+        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def __getitem__(self, at: Coordinates) -> Batch:
+        """Read a micro-batch. An error that a user can mend comes as `failure`: raised here it would be a worker's traceback."""
+        micro_batch = self.plan.micro_batch(at)
+        places = list(zip(micro_batch.shard_indices.tolist(), micro_batch.member_indices.tolist(), strict=True))
+        side = self.transform.image_size
+        pixels = torch.empty((len(places), side, side, 3), dtype=torch.uint8)
+        samples: list[_Sample] = []
+        failure = None
+        try:
+            for i, (shard_index, member_index) in enumerate(places):
+                augment_seed = derive(self.seed, "augment", at.epoch, int(micro_batch.sample_indices[i]))
+                samples.append(self._read(shard_index, member_index, augment_seed, into=pixels[i]))
+        except UserError as error:
+            failure = str(error)
+        return Batch(
+            at=at,
+            images=pixels.permute(0, 3, 1, 2),
+            labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+            weights=torch.from_numpy(micro_batch.weights),
+            identities=torch.tensor([identity_of(sample.key) for sample in samples], dtype=torch.int64),
+            sample_keys=tuple(sample.key for sample in samples),
+            metadata=tuple(sample.metadata for sample in samples) if self.with_metadata else (),
+            failure=failure,
+        )
+
+    def _read(self, shard_index: int, member_index: int, augment_seed: int, *, into: Tensor) -> _Sample:
+        """Read, check, decode and augment one sample into its place (uint8 [h, w, 3])."""
+        shard = self._shard(shard_index)
+        entry = shard.index[member_index]
+        member = read_member(shard.descriptor, entry, shard_path=shard.path)
+        try:
+            into.numpy()[:] = self.transform(member.content, augment_seed)
+        except DecodeError as error:
+            raise ShardError(
+                f"{shard.path}: sample {member.sample_key} {error}; rebuild the dataset without it"
+            ) from error
+        metadata = read_metadata(shard.descriptor, shard.index, member_index) if self.with_metadata else {}
+        return _Sample(member.sample_key, int(entry["label"]), metadata)
+
+    def _shard(self, shard_index: int) -> _OpenShard:
+        """The open shard, from a bounded cache of the least recently used."""
+        if shard_index in self._open_shards:
+            self._open_shards.move_to_end(shard_index)
+        else:
+            self._open_shards[shard_index] = _OpenShard(self.split, shard_index)
+            if len(self._open_shards) > MAX_OPEN_SHARDS:
+                self._open_shards.popitem(last=False)[1].close()
+        return self._open_shards[shard_index]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What a sample is besides its pixels."""
+
+    key: str
+    label: int
+    metadata: dict[str, Any]
+
+
+class _OpenShard:
+    """A shard's descriptor and its index."""
+
+    def __init__(self, split: Split, shard_index: int) -> None:
+        self.path = split.shard_path(shard_index)
+        shard = split.manifest.shards[shard_index]
+        self.index: NDArray[Any] = read_index(
+            split.index_path(shard_index), num_samples=shard.num_samples, sha256=shard.index_sha256
+        )
+        try:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(
+                f"{self.path}: the shard cannot be opened: {error.strerror}; rebuild or copy the dataset again"
+            ) from error
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def stream(micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, reading: Reading) -> Iterator[Batch]:
+    """Yield the micro-batches of the coordinates, in that order, read ahead by worker processes (with 0: by this one).
+
+    What is yielded does not depend on `reading`. Raises StreamError for the first sample that cannot be delivered.
+    """
+    loader = DataLoader(
+        micro_batches,
+        sampler=coordinates,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=reading.num_workers,
+        prefetch_factor=reading.prefetch_micro_batches if reading.num_workers else None,
+        pin_memory=reading.pin_memory,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+        generator=torch.Generator(),  # the loader draws a worker seed from it; the global generator stays untouched
+    )
+    for batch in loader:
+        if batch.failure is not None:
+            raise StreamError(batch.failure)
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; a worker's own traceback would bury the message."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,125 @@
+"""The verification of a dataset: everything on disk that is not what the manifests, the indexes and the class map say."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
+from aplantida_dist.data.inspection import Damage, ShardFinding, inspect_shard
+from aplantida_dist.data.manifest import (
+    MANIFEST_FILE,
+    SPLITS,
+    Manifest,
+    faults_of_totals,
+    identity_digest,
+    identity_of,
+    parse_manifest,
+)
+from aplantida_dist.data.pace import with_pace
+from aplantida_dist.data.placement import DATASET_ENTRIES
+from aplantida_dist.errors import UserError
+
+OPTIONAL_ENTRIES = frozenset({"val", "test"})
+
+
+class VerifyError(UserError):
+    """There is nothing that could be verified."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verification found. The dataset is sound when there is no damage; the counts are of what was read."""
+
+    damages: tuple[Damage, ...]
+    num_splits: int
+    num_shards: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class _SplitFinding:
+    shards: tuple[ShardFinding, ...]
+    damages: tuple[Damage, ...]
+
+
+def verify_dataset(dataset_dir: Path) -> Verdict:
+    """Read every byte of a dataset and list all that is wrong, sorted by place; a fault never hides the next one.
+
+    Raises VerifyError only where there is no dataset at all.
+    """
+    if not dataset_dir.is_dir():
+        raise VerifyError(f"{dataset_dir}: no dataset here; build one with `python shards/build.py`")
+    present = {entry.name for entry in dataset_dir.iterdir()}
+    damages = [Damage(name, "missing") for name in DATASET_ENTRIES - OPTIONAL_ENTRIES - present]
+    damages += [Damage(name, "does not belong to the dataset") for name in present - DATASET_ENTRIES]
+    class_map = None
+    if CLASSES_FILE in present:
+        try:
+            class_map = load_class_map(dataset_dir / CLASSES_FILE)
+        except UserError as error:
+            damages.append(_damage_of(error, dataset_dir, CLASSES_FILE))
+    findings = [_check_split(dataset_dir, split, class_map) for split in SPLITS if split in present]
+    shards = [shard for finding in findings for shard in finding.shards]
+    damages += [damage for finding in findings for damage in finding.damages]
+    damages += _check_keys_stand_once(shards)
+    num_samples = sum(len(shard.sample_keys) for shard in shards)
+    return Verdict(tuple(sorted(damages)), len(findings), len(shards), num_samples)
+
+
+def _damage_of(error: UserError, dataset_dir: Path, place: str) -> Damage:
+    return Damage(place, str(error).removeprefix(f"{dataset_dir / place}: "))
+
+
+def _check_split(dataset_dir: Path, split: str, class_map: ClassMap | None) -> _SplitFinding:
+    """Check a manifest against itself, the class map and its folder, then every shard against the manifest."""
+    split_dir, place = dataset_dir / split, f"{split}/{MANIFEST_FILE}"
+    try:
+        manifest = parse_manifest(dataset_dir / place)
+    except UserError as error:
+        return _SplitFinding((), (_damage_of(error, dataset_dir, place),))
+    faults = faults_of_totals(manifest)
+    if manifest.split != split:
+        faults.append(f"is that of split {manifest.split!r}")
+    if class_map is not None and manifest.class_map_digest != class_map.digest:
+        faults.append(f"was written for other classes than those of {CLASSES_FILE} (the digests differ)")
+    name_of_sha256 = {shard.sha256: shard.name for shard in manifest.shards}
+    num_classes = None if class_map is None else class_map.num_classes
+    shards = tuple(
+        inspect_shard(split_dir, shard, name_of_sha256=name_of_sha256, num_classes=num_classes)
+        for shard in with_pace(manifest.shards, total=len(manifest.shards), doing=f"verifying shards of {split}")
+    )
+    if all(shard.is_whole for shard in shards) and _identity_digest_of(shards) != manifest.identity_digest:
+        faults.append("the identity digest is not that of the samples in the shards")
+    damages = [Damage(place, fault) for fault in faults]
+    damages += [
+        Damage(f"{split}/{name}", "does not belong to the dataset") for name in _extra_names(split_dir, manifest)
+    ]
+    return _SplitFinding(shards, (*damages, *(damage for shard in shards for damage in shard.damages)))
+
+
+def _identity_digest_of(shards: Iterable[ShardFinding]) -> str:
+    return identity_digest(sum(identity_of(key) for shard in shards for key in shard.sample_keys))
+
+
+def _extra_names(split_dir: Path, manifest: Manifest) -> set[str]:
+    known = {MANIFEST_FILE} | {name for shard in manifest.shards for name in (shard.name, shard.index_name)}
+    return {entry.name for entry in split_dir.iterdir()} - known
+
+
+def _check_keys_stand_once(shards: Iterable[ShardFinding]) -> list[Damage]:
+    """A key that stands twice is one photograph that stands twice: weighed double, or seen in training and measured on."""
+    first_place: dict[str, str] = {}
+    keys_of_places: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for shard in shards:
+        for key in shard.sample_keys:
+            earlier = first_place.setdefault(key, shard.place)
+            keys_of_places[earlier, shard.place].append(key)
+    damages = []
+    for (earlier, place), keys in keys_of_places.items():
+        again = keys if earlier != place else [key for key, count in Counter(keys).items() if count > 1]
+        if again:
+            damages.append(Damage(place, f"{len(again)} sample keys stand in {earlier} already, first {again[0]}"))
+    return damages

@@ -1,0 +1,120 @@
+"""The command that evaluates: `accelerate launch [...] -m aplantida_dist.evaluate --run RUN_DIR --data DATASET --split test`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from aplantida_dist.checkpoint import load_model_state
+from aplantida_dist.compose import evaluation_transform_of, model_of, reading_of
+from aplantida_dist.config import Config, load_config
+from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
+from aplantida_dist.data.dataset import Split, open_dataset
+from aplantida_dist.errors import UserError, run_command
+from aplantida_dist.evaluation import as_split_metrics, evaluate_across_ranks
+from aplantida_dist.files import write_json
+from aplantida_dist.model import Normalize, pixel_convention
+from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
+from aplantida_dist.world import World, open_world
+
+EXAMPLE = """\
+example:
+  accelerate launch -m aplantida_dist.evaluate --run runs/demo --data shards/demo --split test --predictions test.jsonl
+"""
+
+
+def main() -> None:
+    """Evaluate a checkpoint on a split and print, or write, its metrics."""
+    arguments = _parse_arguments()
+    config = load_config(arguments.run / CONFIG_FILE, arguments.overrides)
+    world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
+    model, split, num_classes = world.agree_across_ranks(lambda: _open(arguments, config))
+    world.require_equal_across_ranks("the split to evaluate", split.digest)
+    pixels = pixel_convention(model)
+    with ExitStack() as files:
+        metrics = evaluate_across_ranks(
+            world.prepare_for_evaluation(model),
+            world=world,
+            split=split,
+            num_classes=num_classes,
+            transform=evaluation_transform_of(config, pixels),
+            normalize=Normalize(pixels, world.device),
+            micro_batch_size=config.evaluation.micro_batch_size,
+            reading=reading_of(config, world),
+            write_predictions=_writer(arguments.predictions, world, files) if arguments.predictions else None,
+        )
+    block = as_split_metrics(metrics, expected_samples=split.num_samples)
+    if world.is_main:
+        if arguments.json:
+            write_json(arguments.json, {split.name: block})
+        _print_metrics(split.name, block, arguments)
+    world.close()
+
+
+def _open(arguments: argparse.Namespace, config: Config) -> tuple[nn.Module, Split, int]:
+    """The checkpoint's model and the split, whose class maps must be the same."""
+    checkpoint = resolve_checkpoint(arguments.run, arguments.checkpoint)
+    class_map = load_class_map(arguments.run / CLASSES_FILE)
+    dataset = open_dataset(arguments.data)
+    class_map.require_same(dataset.class_map, ours=str(arguments.run), theirs=str(arguments.data))
+    split = dataset.open_split(arguments.split)
+    model = model_of(config, num_classes=class_map.num_classes, pretrained=False)
+    load_model_state(model, checkpoint)
+    return model, split, class_map.num_classes
+
+
+def _writer(path: Path, world: World, files: ExitStack) -> Callable[[str], Any]:
+    """Where predictions go: a file beside, which takes its name when it is whole. Every rank gets one, the main writes."""
+    if not world.is_main:
+        return len
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        file = beside.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path}: predictions cannot be written here: {error.strerror}; choose another place"
+        ) from error
+    files.callback(beside.replace, path)
+    files.enter_context(file)
+    return file.write
+
+
+def _print_metrics(name: str, block: dict[str, Any], arguments: argparse.Namespace) -> None:
+    print(
+        f"{name} · {block['num_samples']} samples · loss {block['loss']:.4f} · top-1 {100 * block['top1']:.2f} % · "
+        f"top-5 {100 * block['top5']:.2f} % · macro top-1 {100 * block['macro_top1']:.2f} %",
+        flush=True,
+    )
+    for path in (arguments.json, arguments.predictions):
+        if path:
+            print(f"written: {path}", flush=True)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="aplantida_dist.evaluate",
+        description="Evaluate a checkpoint on a split, each sample exactly once, on as many processes as the launcher starts.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="the run folder that training wrote")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="best|last|DIR", help="which checkpoint (default: best)"
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DATASET", help="a dataset with the run's classes")
+    parser.add_argument("--split", default="test", help="train, val or test (default: test)")
+    parser.add_argument("--predictions", type=Path, metavar="FILE.jsonl", help="write one line a sample")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics as the history writes them")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="config values that replace the run's, such as data.num_workers=4"
+    )
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    run_command(main)

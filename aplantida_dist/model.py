@@ -1,0 +1,104 @@
+"""The model and its optimizer, made by timm from their names. The only importer of timm."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import resolve_model_input_args
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from aplantida_dist.data.images import Interpolation
+from aplantida_dist.errors import UserError
+from aplantida_dist.seeds import derive
+
+
+class ModelError(UserError):
+    """timm knows no such model or optimizer, or will not make it with these arguments."""
+
+
+@dataclass(frozen=True)
+class PixelConvention:
+    """How the model wants its pixels, as timm's configuration of its weights states it: mean and std of 0 … 1 values a channel."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Interpolation
+    crop_fraction: float
+
+
+def build_model(
+    name: str, *, num_classes: int, image_size: int, pretrained: bool, kwargs: Mapping[str, Any], seed: int
+) -> nn.Module:
+    """Make a timm model; the same seed gives the same initial weights on every rank.
+
+    Models that are built for one input size are built for `image_size`. Pretrained weights come by timm's own loading.
+    """
+    torch.manual_seed(derive(seed, "init"))
+    try:
+        arguments = resolve_model_input_args(name, {"img_size": image_size}, **kwargs)
+        arguments["num_classes"] = num_classes
+        model: nn.Module = timm.create_model(pretrained=pretrained, **arguments)
+    except Exception as error:
+        # timm raises whatever its model constructors raise: RuntimeError for an unknown name, TypeError for a wrong
+        # argument, OSError and its hub's own errors for weights that cannot be fetched.
+        raise ModelError(_advice(name, error, pretrained=pretrained)) from error
+    return model
+
+
+def pixel_convention(model: nn.Module) -> PixelConvention:
+    """The pixel convention of a timm model."""
+    wanted = resolve_model_data_config(model)
+    interpolation: Interpolation = "bilinear" if wanted["interpolation"] == "bilinear" else "bicubic"
+    return PixelConvention(tuple(wanted["mean"]), tuple(wanted["std"]), interpolation, float(wanted["crop_pct"]))
+
+
+class Normalize(nn.Module):
+    """uint8 images [b, 3, h, w] → float32, (x / 255 − mean) / std a channel, on the device that they are on."""
+
+    def __init__(self, pixels: PixelConvention, device: torch.device) -> None:
+        super().__init__()
+        self.mean = torch.tensor(pixels.mean, device=device).mul(255.0).view(1, 3, 1, 1)
+        self.std = torch.tensor(pixels.std, device=device).mul(255.0).view(1, 3, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.contiguous().to(torch.float32).sub_(self.mean).div_(self.std)
+
+
+def build_optimizer(
+    model: nn.Module, *, name: str, weight_decay: float, kwargs: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Make a timm optimizer; biases, norms and what the model names are not decayed. The rate is set at every step."""
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model, opt=name, lr=0.0, weight_decay=weight_decay, **kwargs
+        )
+    except Exception as error:
+        # An unknown name is a ValueError, a wrong argument the optimizer's own TypeError or ValueError.
+        raise ModelError(f"optimizer {name!r} cannot be made: {error}; see timm.optim.list_optimizers()") from error
+    return optimizer
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Set the rate of every parameter group, times its `lr_scale` where layer-wise decay gave it one."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+
+def _advice(name: str, error: Exception, *, pretrained: bool) -> str:
+    """Say what to do about a model that timm would not make."""
+    reason = " ".join(str(error).split())
+    if "nknown model" in reason:
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names them all"
+        return f"model.name: timm {timm.__version__} knows no model {name!r}; {hint}"
+    remedy = "check model.kwargs and data.image_size"
+    if pretrained:
+        remedy += "; where its pretrained weights cannot be fetched, put them in the hub's cache or set model.pretrained=false"
+    return f"model {name!r} cannot be made: {type(error).__name__}: {reason}; {remedy}"

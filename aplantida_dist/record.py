@@ -1,0 +1,193 @@
+"""The record: everything that the main process writes of a run, and the silence of the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from aplantida_dist.checkpoint import CheckpointError, Position, pack_optimizer, point_to, retain, save_checkpoint
+from aplantida_dist.history import History, Row
+from aplantida_dist.progress import Progress
+from aplantida_dist.report import Report
+from aplantida_dist.status import Phase, Status
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a run stands on; a checkpoint repeats it, so that a resume can name what has changed."""
+
+    world_size: int
+    digests: Mapping[str, str]
+    law_fields: Mapping[str, Any]
+    code_version: str
+    wandb_run_id: str
+
+
+@dataclass(frozen=True)
+class EpochSoFar:
+    """The running epoch, summed over all ranks: its totals (int64 vector) and what `Position` says of its time."""
+
+    totals: Tensor
+    train_s: float
+    spent_ns: int
+    waited_ns: int
+    skipped_steps: int
+
+
+class Record(Protocol):
+    """Every rank calls it at the same points; the main process writes, the others return at once. No call communicates."""
+
+    def tell(self, phase: Phase, *, epoch: int, step: int, **facts: Any) -> None:
+        """Say what the run is doing now."""
+
+    def advance(self, step: int, *, epoch: int, facts: dict[str, str]) -> None:
+        """Show that `step` steps are done."""
+
+    def append(self, row: Row) -> None:
+        """Put a row into the history, and only then show it."""
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        epoch: int,
+        so_far: EpochSoFar,
+        scaler: Mapping[str, Any],
+    ) -> None:
+        """Write a checkpoint of a bare model after `step` completed updates."""
+
+    def finish(self) -> None:
+        """Close the views; the record itself is on disk already."""
+
+
+class NullRecord:
+    """The record of every rank but the main process."""
+
+    def tell(self, phase: Phase, *, epoch: int, step: int, **facts: Any) -> None:
+        """Nothing."""
+
+    def advance(self, step: int, *, epoch: int, facts: dict[str, str]) -> None:
+        """Nothing."""
+
+    def append(self, row: Row) -> None:
+        """Nothing."""
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        epoch: int,
+        so_far: EpochSoFar,
+        scaler: Mapping[str, Any],
+    ) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class MainRecord:
+    """The files of a run folder, and the views of them. `best_metric` is a dotted name in a row, such as `val.top1`."""
+
+    history: History
+    report: Report
+    progress: Progress
+    status: Status
+    checkpoints_dir: Path
+    provenance: Provenance
+    keep_last: int
+    best_metric: str
+    best_mode: Literal["min", "max"]
+
+    def tell(self, phase: Phase, *, epoch: int, step: int, **facts: Any) -> None:
+        self.status.tell(phase, epoch=epoch, step=step, **facts)
+
+    def advance(self, step: int, *, epoch: int, facts: dict[str, str]) -> None:
+        self.progress.advance(step, epoch=epoch, facts=facts)
+
+    def append(self, row: Row) -> None:
+        self.history.append(row)
+        best = self.history.best(self.best_metric, self.best_mode)
+        self.report.show(row, best=best)
+        self.progress.say(summary_line(row, is_best=best is row))
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        epoch: int,
+        so_far: EpochSoFar,
+        scaler: Mapping[str, Any],
+    ) -> None:
+        model_state = model.state_dict()
+        broken = [
+            name for name, tensor in model_state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+        ]
+        if broken:
+            raise CheckpointError(
+                f"step {step}: {len(broken)} weights hold NaN or Inf, first {broken[0]}; nothing was saved, the last good "
+                "checkpoint is untouched: lower optimizer.peak_lr or set train.clip_norm"
+            )
+        optimizer_state, optimizer_facts = pack_optimizer(model, optimizer)
+        position = Position(
+            step=step,
+            epoch=epoch,
+            world_size=self.provenance.world_size,
+            digests=self.provenance.digests,
+            law_fields=self.provenance.law_fields,
+            code_version=self.provenance.code_version,
+            wandb_run_id=self.provenance.wandb_run_id,
+            optimizer=optimizer_facts,
+            scaler=scaler,
+            train_s=so_far.train_s,
+            spent_ns=so_far.spent_ns,
+            waited_ns=so_far.waited_ns,
+            skipped_steps=so_far.skipped_steps,
+        )
+        checkpoint = save_checkpoint(
+            self.checkpoints_dir,
+            position=position,
+            model_state=model_state,
+            optimizer_state=optimizer_state,
+            totals=so_far.totals,
+        )
+        point_to(self.checkpoints_dir, "last", checkpoint, step=step)
+        best = self.history.best(self.best_metric, self.best_mode)
+        if best is not None and best.step == step:
+            value = best.metric(self.best_metric)
+            point_to(
+                self.checkpoints_dir,
+                "best",
+                checkpoint,
+                step=step,
+                metric=self.best_metric,
+                mode=self.best_mode,
+                value=value,
+            )
+        retain(self.checkpoints_dir, keep_last=self.keep_last)
+
+    def finish(self) -> None:
+        self.progress.close()
+        self.report.finish()
+
+
+def summary_line(row: Row, *, is_best: bool) -> str:
+    """One line for an epoch on the screen; accuracies in percent."""
+    train = row.train
+    parts = [f"epoch {row.epoch}", f"train loss {train.loss:.4f} top-1 {100 * train.top1:.2f} %"]
+    if row.val is not None:
+        parts.append(f"val loss {row.val.loss:.4f} top-1 {100 * row.val.top1:.2f} % top-5 {100 * row.val.top5:.2f} %")
+    parts.append(f"{train.images_per_s:.1f} images/s, {100 * train.wait_fraction:.0f} % waiting")
+    return " · ".join(parts) + (" · best so far" if is_best else "")

@@ -1,0 +1,111 @@
+"""The run folder: where a run's files lie, whether it may begin there, and from which checkpoint it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from aplantida_dist.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    named_by,
+    newest_sound_checkpoint,
+)
+from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
+from aplantida_dist.errors import UserError
+from aplantida_dist.files import write_whole
+from aplantida_dist.history import HISTORY_FILE
+
+CONFIG_FILE = "config.yaml"
+
+
+class RunFolderError(UserError):
+    """A run folder cannot be written, or holds another run than the one that is asked for."""
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def prepare_run_folder(run_dir: Path, *, config_yaml: str, class_map: ClassMap) -> None:
+    """Make the folder and write what the run is before it begins. For the main process."""
+    try:
+        checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"{run_dir}: the run folder cannot be made: {error.strerror}; choose another with --run-dir"
+        ) from error
+    write_whole(run_dir / CONFIG_FILE, config_yaml.encode())
+    class_map.save(run_dir / CLASSES_FILE)
+
+
+def find_checkpoint(run_dir: Path, resume: str, *, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to go on from: `auto` the newest that is whole, if any; `never` none; otherwise the one named.
+
+    A name is `last`, `best`, or a folder below the run's checkpoints/.
+    """
+    folder = checkpoints_dir(run_dir)
+    if resume == "never":
+        if (run_dir / HISTORY_FILE).exists() or any(folder.glob("step_*")):
+            raise RunFolderError(
+                f"{run_dir}: holds a run already and --resume is never; choose another --run-dir or --resume auto"
+            )
+        return None
+    if resume == "auto":
+        return newest_sound_checkpoint(folder, warn=warn)
+    checkpoint = resolve_checkpoint(run_dir, resume)
+    if checkpoint.path.resolve().parent != folder.resolve():
+        raise RunFolderError(
+            f"--resume {resume}: is not one of the checkpoints of {run_dir}; a run goes on in its own folder: "
+            f"give --run-dir {checkpoint.path.parent.parent}"
+        )
+    return checkpoint
+
+
+def resolve_checkpoint(run_dir: Path, name: str) -> Checkpoint:
+    """The checkpoint that `best`, `last`, a folder's name below checkpoints/, or a path names, checked."""
+    folder = checkpoints_dir(run_dir)
+    if name in ("best", "last"):
+        path = named_by(folder, name)
+        if path is None:
+            raise CheckpointError(
+                f"{folder}: no {name}.json, so there is no {name} checkpoint yet; train first, or name a folder"
+            )
+        return load_checkpoint(path)
+    return load_checkpoint(folder / name if (folder / name).is_dir() else Path(name))
+
+
+def require_same_run(
+    checkpoint: Checkpoint,
+    *,
+    run_dir: Path,
+    class_map: ClassMap,
+    digests: Mapping[str, str],
+    law_fields: Mapping[str, Any],
+) -> None:
+    """Raise RunFolderError unless the checkpoint's run and this one obey the same law; it names each field and both values."""
+    load_class_map(run_dir / CLASSES_FILE).require_same(class_map, ours=str(run_dir), theirs="the dataset")
+    theirs = checkpoint.position.law_fields
+    ours = json.loads(json.dumps(law_fields))  # as the checkpoint holds them: JSON has no tuples
+    changed = [
+        f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+    for name in ("train_manifest", "val_manifest"):
+        before, now = checkpoint.position.digests.get(name), digests.get(name)
+        if before != now:
+            changed.append(f"{name} was {_short(before)}, is {_short(now)} (another dataset or --max-samples)")
+    if changed:
+        raise RunFolderError(
+            f"{checkpoint.path}: cannot go on, because what decides the numbers has changed: {'; '.join(changed)}; "
+            "restore it, or begin a new run with another --run-dir"
+        )
+
+
+def _short(digest: str | None) -> str:
+    return "absent" if digest is None else digest[:12] + digest[64:]

@@ -1,0 +1,123 @@
+"""The command that trains: `accelerate launch [...] -m aplantida_dist.train --config FILE [a.b=c ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from aplantida_dist.compose import Request, Training, compose_across_ranks
+from aplantida_dist.config import Config, load_config, load_debug_config
+from aplantida_dist.errors import UserError, run_command
+from aplantida_dist.trainer import train
+from aplantida_dist.world import open_world
+
+EXAMPLE = """\
+example:
+  accelerate launch -m aplantida_dist.train --config configs/demo.yaml data.num_workers=4
+  accelerate launch -m aplantida_dist.train --config configs/teacher_global.yaml --debug --max-samples 500
+
+The same command again goes on where the run stopped. launch/ holds a script for each kind of machine.
+"""
+
+
+def main() -> None:
+    """Train as the config says."""
+    arguments = _parse_arguments()
+    config = _load(arguments)
+    world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
+    if arguments.debug:
+        torch.autograd.set_detect_anomaly(True)
+    request = Request(arguments.run_dir, arguments.resume, arguments.max_samples, extra_checks=arguments.debug)
+    training = compose_across_ranks(config, world=world, request=request)
+    if world.is_main:
+        _announce(training, arguments.run_dir)
+    train(training.job, start_step=training.start_step, running=training.running)
+    training.job.record.finish()
+    world.close()
+    if world.is_main:
+        print(
+            f"done: {arguments.run_dir}; see it with `python -m aplantida_dist.analyze {arguments.run_dir}`", flush=True
+        )
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="aplantida_dist.train",
+        description="Train a timm model on a dataset of shards, on as many processes as the launcher starts.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; configs/ holds some")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config values that replace the file's")
+    parser.add_argument("--run-dir", type=Path, help="where the run's files go (default: runs/<name of the config>)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|CHECKPOINT",
+        help="go on from the newest checkpoint (auto, the default), refuse to (never), or from this one",
+    )
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="small, fast, one process, anomaly detection, extra checks; the same code path",
+    )
+    parser.add_argument(
+        "--max-samples", type=_positive, metavar="N", help="read only the first N samples of each split"
+    )
+    arguments = parser.parse_intermixed_args()
+    if arguments.run_dir is None:
+        arguments.run_dir = Path("runs") / (arguments.config.stem + ("_debug" if arguments.debug else ""))
+    return arguments
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of samples; an epoch needs at least one")
+    return int(text)
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    """The resolved config; what --debug changed of it is said aloud."""
+    if not arguments.debug:
+        return load_config(arguments.config, arguments.overrides)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"--debug runs on one process, the launcher started {os.environ['WORLD_SIZE']}; launch with --num_processes 1"
+        )
+    config, changes = load_debug_config(arguments.config, arguments.overrides)
+    for change in changes:
+        print(f"--debug: {change.name} = {change.new} (was {change.old})", flush=True)
+    return config
+
+
+def _announce(training: Training, run_dir: Path) -> None:
+    """Say in three lines what is about to run, and which rank will have nothing to do."""
+    job = training.job
+    plan, world = job.plan, job.world
+    num_parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    steps_left = job.schedule.total_steps - training.start_step
+    print(
+        f"run {run_dir} · {world.world_size} × {world.device.type} · {num_parameters / 1e6:.2f} M parameters · {job.num_classes} classes\n"
+        f"train {job.train_split.num_samples} samples in {plan.steps_per_epoch} steps of {plan.global_batch_size} an epoch"
+        f" · val {'not evaluated' if job.val_split is None else job.val_split.num_samples}\n"
+        + (
+            f"going on from step {training.start_step}, {steps_left} to go"
+            if training.start_step
+            else f"{steps_left} steps to go"
+        ),
+        flush=True,
+    )
+    idle = [rank for rank in range(world.world_size) if plan.slots_of(rank, world.world_size)[0] >= plan.slots_per_step]
+    if idle:
+        print(
+            f"warning: a step has {plan.slots_per_step} micro-batches, so {len(idle)} of {world.world_size} ranks have nothing to do; "
+            "lower train.micro_batch_size or raise train.global_batch_size",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

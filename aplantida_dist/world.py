@@ -1,0 +1,181 @@
+"""The world: this process among its peers. The only importer of accelerate, and of torch's collectives."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, distributed, nn
+
+from aplantida_dist.errors import UserError
+
+Value = TypeVar("Value")
+
+_PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class WorldError(UserError):
+    """The launcher, the machine and the config do not agree on what to run on."""
+
+
+class SharedError(UserError):
+    """An error that every rank raises together; the main process alone needs to print it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """One process of a run: its rank, how many there are, its device, and what they do together."""
+
+    accelerator: Accelerator
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the only writer of shared files."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Collective. Put the model on its device under DDP and autocast, and the optimizer behind the gradient scaler."""
+        prepared: tuple[nn.Module, Any] = self.accelerator.prepare(model, optimizer)
+        return prepared
+
+    def prepare_for_evaluation(self, model: nn.Module) -> nn.Module:
+        """Put a model on its device under autocast, without DDP."""
+        prepared: nn.Module = self.accelerator.prepare_model(model, evaluation_mode=True)
+        return prepared
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The module inside DDP; its forward keeps autocast."""
+        unwrapped: nn.Module = self.accelerator.unwrap_model(model)
+        return unwrapped
+
+    def accumulating(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+        """Within it a backward pass adds gradients up on this rank; the step's last slot sums them across ranks."""
+        return contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
+
+    def sum_across_ranks(self, vector: Tensor) -> Tensor:
+        """Collective. The sum of every rank's integer vector, as a new tensor on this device."""
+        total = vector.clone()
+        if self.world_size > 1:
+            distributed.all_reduce(total, op=distributed.ReduceOp.SUM)
+        return total
+
+    def gather_across_ranks(self, value: Any) -> list[Any]:
+        """Collective. Every rank's value, in the order of ranks."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast_across_ranks(self, value: Any) -> Any:
+        """Collective. The main process's value, on every rank."""
+        return self.gather_across_ranks(value if self.is_main else None)[0]
+
+    def share_buffers_across_ranks(self, model: nn.Module) -> None:
+        """Collective. Give every rank the main process's buffers, such as BatchNorm's running statistics."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, src=0)
+
+    def agree_across_ranks(self, act: Callable[[], Value]) -> Value:
+        """Collective. Do something on every rank that any rank may fail at: where one raises a UserError, all of them do.
+
+        So a mistake that one node alone can see ends the run on every node, at once and with one message.
+        """
+        value, fault = None, None
+        try:
+            value = act()
+        except UserError as error:
+            fault = str(error)
+        faults = self.gather_across_ranks(fault)
+        first = next((rank for rank, text in enumerate(faults) if text is not None), None)
+        if first is not None:
+            is_common = all(text == faults[first] for text in faults)
+            raise SharedError(faults[first] if is_common else f"rank {first}: {faults[first]}")
+        return cast(Value, value)
+
+    def require_equal_across_ranks(self, what: str, value: str) -> None:
+        """Collective. Raise WorldError on every rank unless all ranks hold the same value, such as a digest."""
+        values = self.gather_across_ranks(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise SharedError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}; give every node the same files")
+
+    def wait(self) -> None:
+        """Collective. Return when every rank has come here."""
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group; what is on disk is on disk already."""
+        self.accelerator.end_training()
+
+
+def open_world(*, precision: str, timeout_s: int) -> World:
+    """Collective. Join the processes that the launcher started; WorldError where launcher and config disagree."""
+    _refuse_conflicts(precision)
+    # DDP says so of every depthwise convolution, whose dimension of size 1 has a stride that means nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=_PRECISIONS[precision],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    except ValueError as error:
+        raise WorldError(f"train.precision {precision}: {error}; choose another precision or another device") from error
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise WorldError(
+            f"the launcher started {expected} processes, accelerate sees {accelerator.num_processes}; "
+            "on a machine without GPUs set ACCELERATE_USE_CPU=true"
+        )
+    return World(accelerator)
+
+
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed the generators that dropout and drop path draw from.
+
+    The CPU's and this device's alone: `torch.manual_seed` seeds every back end, at 200 times the cost.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def _refuse_conflicts(precision: str) -> None:
+    """The config states precision and accumulation; a launcher that states another would be ignored in silence."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", _PRECISIONS[precision]):
+        raise WorldError(
+            f"accelerate was launched with mixed precision {launched}, the config says train.precision {precision}; "
+            "leave it to the config (--mixed_precision no)"
+        )
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise WorldError(
+            f"accelerate was launched with {accumulation} gradient accumulation steps; here they follow from "
+            "train.global_batch_size and train.micro_batch_size: leave the option out"
+        )

@@ -1,0 +1,74 @@
+"""Build a dataset: shards, indexes and manifests out of a folder of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from aplantida_dist.data.account import to_text
+from aplantida_dist.data.builder import BuildOptions, build_from_folder
+from aplantida_dist.data.writer import ShardLimits
+from aplantida_dist.errors import run_command
+
+EXAMPLE = """\
+example:
+  python shards/build.py --from-folder my_pictures --out shards/mine
+
+my_pictures holds one folder a class, or train/, val/ (or validation/) and test/ with one folder a class in each.
+A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept with each sample as KEY.json.
+"""
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    account = build_from_folder(
+        options.from_folder,
+        options.out,
+        options=BuildOptions(
+            seed=options.seed,
+            limits=ShardLimits(num_samples=options.shard_samples, num_bytes=options.shard_bytes),
+            num_workers=options.workers,
+            replace=options.replace,
+        ),
+    )
+    print(to_text(account))
+    print(f"report: {options.out / 'report.md'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    limits = ShardLimits()
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--from-folder", type=Path, required=True, metavar="DIR", help="the folder of pictures")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DATASET", help="the folder to make; it must not exist"
+    )
+    parser.add_argument("--replace", action="store_true", help="replace a dataset that stands at --out")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="decides the split and the order in the shards (default: 0)"
+    )
+    parser.add_argument(
+        "--shard-samples",
+        type=int,
+        default=limits.num_samples,
+        help=f"samples a shard, at most (default: {limits.num_samples})",
+    )
+    parser.add_argument(
+        "--shard-bytes",
+        type=int,
+        default=limits.num_bytes,
+        help=f"bytes a shard, at most (default: {limits.num_bytes})",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes that decode, 0 for none beside this one; they do not change the result (default: all cores)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

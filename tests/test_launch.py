@@ -1,0 +1,132 @@
+"""What launch/ promises: files that accelerate reads, scripts that a POSIX shell reads, and as many ranks as they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+
+PROBE = """\
+import json, os, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+accelerator = Accelerator()
+seen = {"world_size": os.environ.get("WORLD_SIZE", "1"), "num_processes": accelerator.num_processes, "arguments": sys.argv[1:]}
+seen |= {"precision": accelerator.mixed_precision, "sum": int(accelerator.reduce(torch.tensor(accelerator.process_index + 1)))}
+seen |= {"backend": torch.distributed.get_backend() if accelerator.num_processes > 1 else None}
+Path(os.environ["PROBE_DIR"], f"{accelerator.process_index}.json").write_text(json.dumps(seen))
+accelerator.end_training()
+"""
+
+ONE_NODE_AFTER_ANOTHER = """\
+#!/bin/sh
+# Slurm's srun, on one machine: the command once for each node, at the same time.
+shift
+for node in 0 1; do SLURM_NODEID=$node "$@" & done
+wait
+"""
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """This process's environment with the probe in place of the trainer."""
+    (folder / "probe_of_ranks.py").write_text(PROBE)
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_", "SLURM_"))
+    }
+    return kept | {
+        "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+        "MODULE": "probe_of_ranks",
+        "PROBE_DIR": str(folder),
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def launch(script: str, folder: Path, **more: str) -> list[dict[str, object]]:
+    """Run a script of launch/ from the root and return what each rank saw."""
+    arguments = ["--config", "configs/demo.yaml", "train.epochs=2", "report.name='two words'"]
+    command = ["sh", f"launch/{script}", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(folder, **more), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    assert all(rank.pop("arguments") == arguments for rank in ranks)
+    return ranks
+
+
+def add_command(folder: Path, name: str, text: str) -> None:
+    path = folder / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_each_configuration(path: Path) -> None:
+    """accelerate's own loader knows every key; precision is left to the config; each file has its script."""
+    loaded = load_config_from_file(str(path))
+    assert isinstance(loaded, ClusterConfig)
+    assert loaded.mixed_precision == "no"
+    assert loaded.num_processes % loaded.num_machines == 0
+    assert f'"$here/{path.name}"' in path.with_suffix(".sh").read_text()
+
+
+@pytest.mark.parametrize("path", sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")]), ids=lambda path: path.name)
+def test_a_shell_reads_each_script(path: Path) -> None:
+    """Each script is POSIX sh, and the page on launching tells of it."""
+    done = subprocess.run(["sh", "-n", str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert path.read_text().startswith("#!/bin/sh\n# ")
+
+
+def test_the_page_shows_every_file() -> None:
+    """launch/README.md names each configuration and a command for each script that launches ranks."""
+    page = (LAUNCH / "README.md").read_text()
+    for path in [*LAUNCH.glob("*.yaml"), *(path for path in LAUNCH.glob("several_nodes.*") if path.suffix != ".yaml")]:
+        assert path.name in page
+        assert f"launch/{path.stem}.sh " in page
+
+
+TWO_RANKS = {"world_size": "2", "num_processes": 2, "precision": "no", "sum": 3, "backend": "gloo"}
+
+
+def test_two_ranks_on_cpu_are_one_world(tmp_path: Path) -> None:
+    """The script starts two gloo ranks that see each other, and passes its arguments on unchanged."""
+    assert launch("cpu_two_ranks.sh", tmp_path) == [TWO_RANKS, TWO_RANKS]
+
+
+def test_one_process_is_a_world_of_one(tmp_path: Path) -> None:
+    """The script for one GPU starts one process; where there is no GPU it runs on the CPU."""
+    one = {"world_size": "1", "num_processes": 1, "precision": "no", "sum": 1, "backend": None}
+    assert launch("one_gpu.sh", tmp_path) == [one]
+
+
+def test_two_nodes_under_slurm_are_one_world(tmp_path: Path) -> None:
+    """The batch script starts one launcher a node, whose ranks meet at the first node."""
+    add_command(tmp_path, "srun", ONE_NODE_AFTER_ANOTHER)
+    add_command(tmp_path, "scontrol", "#!/bin/sh\necho 127.0.0.1\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "NUM_GPUS": "1", "MAIN_PORT": port}
+    ranks = launch("several_nodes.sbatch", tmp_path, ACCELERATE_USE_CPU="true", **slurm)
+    assert ranks == [TWO_RANKS, TWO_RANKS]
+
+
+def test_a_node_without_gpus_says_so(tmp_path: Path) -> None:
+    """one_node.sh does not start zero processes."""
+    env = environment(tmp_path, NUM_GPUS="0")
+    done = subprocess.run(["sh", "launch/one_node.sh"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: no GPU here; use launch/cpu_two_ranks.sh\n")
