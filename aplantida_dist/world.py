@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,6 +21,8 @@ from torch import Tensor, distributed, nn
 from aplantida_dist.errors import UserError
 
 Value = TypeVar("Value")
+
+_PR_SET_PDEATHSIG = 1
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -120,7 +125,9 @@ class World:
         values = self.gather_across_ranks(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise SharedError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}; give every node the same files")
+                raise SharedError(
+                    f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}; give every node the same files"
+                )
 
     def wait(self) -> None:
         """Collective. Return when every rank has come here."""
@@ -134,6 +141,7 @@ class World:
 def open_world(*, precision: str, timeout_s: int) -> World:
     """Collective. Join the processes that the launcher started; WorldError where launcher and config disagree."""
     _refuse_conflicts(precision)
+    _die_with_the_launcher()
     # DDP says so of every depthwise convolution, whose dimension of size 1 has a stride that means nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:
@@ -163,6 +171,16 @@ def seed_device(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def _die_with_the_launcher() -> None:
+    """Have the kernel end this rank when its launcher is killed.
+
+    torchrun gives each rank a session of its own, so a SIGKILL of the launcher's group would leave ranks that train on
+    and write into the folder of the run that resumes.
+    """
+    if sys.platform == "linux" and {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _refuse_conflicts(precision: str) -> None:

@@ -51,9 +51,7 @@ def command_on_ranks(world_size: int, module: str, arguments: Sequence[str | Pat
     """Run `python -m module arguments` on every rank; what each printed and its exit code."""
     outputs = [(folder / f"stdout_{rank}", folder / f"stderr_{rank}") for rank in range(world_size)]
     codes = run_ranks(world_size, _run_module, module, [str(argument) for argument in arguments], outputs)
-    return [
-        Finished(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, outputs, strict=True)
-    ]
+    return [Finished(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, outputs, strict=True)]
 
 
 def free_port() -> int:

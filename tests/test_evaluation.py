@@ -25,7 +25,9 @@ def run(request: pytest.FixtureRequest, dataset_dir: Path, tmp_path_factory: pyt
     return folder / "run"
 
 
-def evaluate(run: Path, dataset_dir: Path, folder: Path, *, world_size: int, num_workers: int, split: str) -> tuple[dict[str, Any], bytes]:
+def evaluate(
+    run: Path, dataset_dir: Path, folder: Path, *, world_size: int, num_workers: int, split: str
+) -> tuple[dict[str, Any], bytes]:
     arguments = ["--run", run, "--data", dataset_dir, "--split", split, "--json", folder / "metrics.json"]
     arguments += ["--predictions", folder / "predictions.jsonl", f"data.num_workers={num_workers}"]
     finished = command_on_ranks(world_size, "aplantida_dist.evaluate", arguments, folder)
