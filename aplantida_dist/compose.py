@@ -6,8 +6,8 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
 from aplantida_dist import __version__
@@ -83,10 +83,10 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
             kwargs=config.optimizer.kwargs,
         )
     )
-    model, optimizer = world.prepare(ground.model, optimizer)
+    model, prepared = world.prepare(ground.model, optimizer)
     running = Running(Totals(ground.class_map.num_classes, world.device))
     if ground.checkpoint is not None:
-        _restore(ground.checkpoint, world=world, model=model, optimizer=optimizer, running=running)
+        _restore(ground.checkpoint, world=world, model=model, optimizer=prepared, running=running)
     schedule = _schedule(config, ground.plan)
     record = world.agree_across_ranks(
         lambda: _open_record(config, ground, world=world, request=request, total_steps=schedule.total_steps)
@@ -95,7 +95,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
     job = Job(
         world=world,
         model=model,
-        optimizer=optimizer,
+        optimizer=prepared,
         normalize=Normalize(pixels, world.device),
         plan=ground.plan,
         schedule=schedule,
@@ -175,7 +175,7 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
 
 
 def _restore(
-    checkpoint: Checkpoint, *, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, running: Running
+    checkpoint: Checkpoint, *, world: World, model: nn.Module, optimizer: Any, running: Running
 ) -> None:
     """Give optimizer, scaler and the running epoch what the checkpoint holds; its sums go on from the main process alone."""
     position = checkpoint.position

@@ -11,16 +11,17 @@ from typing import Any
 from torch import nn
 
 from aplantida_dist.checkpoint import load_model_state
+from aplantida_dist.command import CommandParser, run_command
 from aplantida_dist.compose import evaluation_transform_of, model_of, reading_of
 from aplantida_dist.config import Config, load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
 from aplantida_dist.data.dataset import Split, open_dataset
-from aplantida_dist.errors import UserError, run_command
+from aplantida_dist.errors import UserError
 from aplantida_dist.evaluation import as_split_metrics, evaluate_across_ranks
 from aplantida_dist.files import write_json
 from aplantida_dist.model import Normalize, pixel_convention
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
-from aplantida_dist.world import World, open_world
+from aplantida_dist.world import World, open_world, told_once_a_node
 
 EXAMPLE = """\
 example:
@@ -30,8 +31,9 @@ example:
 
 def main() -> None:
     """Evaluate a checkpoint on a split and print, or write, its metrics."""
-    arguments = _parse_arguments()
-    config = load_config(arguments.run / CONFIG_FILE, arguments.overrides)
+    with told_once_a_node():
+        arguments = _parse_arguments()
+        config = load_config(arguments.run / CONFIG_FILE, arguments.overrides)
     world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
     model, split, num_classes = world.agree_across_ranks(lambda: _open(arguments, config))
     world.require_equal_across_ranks("the split to evaluate", split.digest)
@@ -96,11 +98,10 @@ def _print_metrics(name: str, block: dict[str, Any], arguments: argparse.Namespa
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="aplantida_dist.evaluate",
         description="Evaluate a checkpoint on a split, each sample exactly once, on as many processes as the launcher starts.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=EXAMPLE,
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="the run folder that training wrote")
     parser.add_argument(

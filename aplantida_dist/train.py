@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.compose import Request, Training, compose_across_ranks
 from aplantida_dist.config import Config, load_config, load_debug_config
-from aplantida_dist.errors import UserError, run_command
+from aplantida_dist.errors import UserError
 from aplantida_dist.trainer import train
-from aplantida_dist.world import open_world
+from aplantida_dist.world import open_world, told_once_a_node
 
 EXAMPLE = """\
 example:
@@ -25,8 +26,9 @@ The same command again goes on where the run stopped. launch/ holds a script for
 
 def main() -> None:
     """Train as the config says."""
-    arguments = _parse_arguments()
-    config = _load(arguments)
+    with told_once_a_node():
+        arguments = _parse_arguments()
+        config = _load(arguments)
     world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
     if arguments.debug:
         torch.autograd.set_detect_anomaly(True)
@@ -44,11 +46,10 @@ def main() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="aplantida_dist.train",
         description="Train a timm model on a dataset of shards, on as many processes as the launcher starts.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=EXAMPLE,
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML file; configs/ holds some")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config values that replace the file's")
@@ -64,19 +65,11 @@ def _parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="small, fast, one process, anomaly detection, extra checks; the same code path",
     )
-    parser.add_argument(
-        "--max-samples", type=_positive, metavar="N", help="read only the first N samples of each split"
-    )
+    parser.add_argument("--max-samples", type=count, metavar="N", help="read only the first N samples of each split")
     arguments = parser.parse_intermixed_args()
     if arguments.run_dir is None:
         arguments.run_dir = Path("runs") / (arguments.config.stem + ("_debug" if arguments.debug else ""))
     return arguments
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of samples; an epoch needs at least one")
-    return int(text)
 
 
 def _load(arguments: argparse.Namespace) -> Config:

@@ -232,11 +232,12 @@ def _sum_across_ranks(job: Job, running: Running, done: int) -> EpochSoFar:
     totals: Tensor = summed[:-2]
     void = void_samples(totals)
     if void:
-        raise TrainingError(
+        error = TrainingError(
             f"{void} samples up to step {done} had a loss that is NaN, infinite or beyond 2^30: the training diverged or "
             "a picture is broken; the last checkpoint is untouched: lower optimizer.peak_lr, set train.clip_norm, or "
             "find the sample with --debug"
         )
+        raise job.world.told_by_main(error)
     spent_ns, waited_ns = (int(number) for number in summed[-2:].tolist())
     return EpochSoFar(totals, running.train_s, spent_ns, waited_ns, running.skipped_steps)
 

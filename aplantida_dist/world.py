@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,10 +29,6 @@ _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 class WorldError(UserError):
     """The launcher, the machine and the config do not agree on what to run on."""
-
-
-class SharedError(UserError):
-    """An error that every rank raises together; the main process alone needs to print it."""
 
 
 @dataclass(frozen=True)
@@ -117,21 +113,21 @@ class World:
         first = next((rank for rank, text in enumerate(faults) if text is not None), None)
         if first is not None:
             is_common = all(text == faults[first] for text in faults)
-            raise SharedError(faults[first] if is_common else f"rank {first}: {faults[first]}")
+            raise self.told_by_main(WorldError(faults[first] if is_common else f"rank {first}: {faults[first]}"))
         return cast(Value, value)
+
+    def told_by_main(self, error: UserError) -> UserError:
+        """Mark an error that every rank raises at once, so that it is printed once."""
+        error.is_told_elsewhere = not self.is_main
+        return error
 
     def require_equal_across_ranks(self, what: str, value: str) -> None:
         """Collective. Raise WorldError on every rank unless all ranks hold the same value, such as a digest."""
         values = self.gather_across_ranks(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise SharedError(
-                    f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}; give every node the same files"
-                )
-
-    def wait(self) -> None:
-        """Collective. Return when every rank has come here."""
-        self.accelerator.wait_for_everyone()
+                text = f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}"
+                raise self.told_by_main(WorldError(f"{text}; give every node the same files"))
 
     def close(self) -> None:
         """Leave the process group; what is on disk is on disk already."""
@@ -161,6 +157,16 @@ def open_world(*, precision: str, timeout_s: int) -> World:
             "on a machine without GPUs set ACCELERATE_USE_CPU=true"
         )
     return World(accelerator)
+
+
+@contextlib.contextmanager
+def told_once_a_node() -> Iterator[None]:
+    """Before the ranks have met, all those of a node meet the same errors: the first of them tells it."""
+    try:
+        yield
+    except UserError as error:
+        error.is_told_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
 
 
 def seed_device(device: torch.device, seed: int) -> None:

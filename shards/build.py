@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
+from aplantida_dist.command import CommandParser, run_command
 from aplantida_dist.data.account import to_text
 from aplantida_dist.data.builder import BuildOptions, build_from_folder
 from aplantida_dist.data.writer import ShardLimits
-from aplantida_dist.errors import run_command
 
 EXAMPLE = """\
 example:
@@ -36,11 +35,9 @@ def main() -> None:
     print(f"report: {options.out / 'report.md'}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     limits = ShardLimits()
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="shards/build.py", description=str(__doc__), example=EXAMPLE)
     parser.add_argument("--from-folder", type=Path, required=True, metavar="DIR", help="the folder of pictures")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DATASET", help="the folder to make; it must not exist"

@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.config import DataSection
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.data.index import read_index, read_key
 from aplantida_dist.data.plan import Coordinates, TrainPlan
-from aplantida_dist.errors import UserError, run_command
+from aplantida_dist.errors import UserError
 
 EXAMPLE = """\
 example: which samples were in step 1234 of a run, and on which of its 8 ranks?
@@ -90,18 +91,11 @@ def _stretch(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="shards/plan.py",
         description="Print which samples form which step, as training reads them: one JSON line a slot.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=EXAMPLE,
     )
     parser.add_argument("dataset", type=Path, metavar="DATASET")
     parser.add_argument("--split", default="train")
@@ -111,15 +105,15 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=_stretch, metavar="A:B", help="the run's steps A to B - 1, counted from 0 through all epochs"
     )
-    parser.add_argument("--global-batch-size", type=_count, required=True)
-    parser.add_argument("--micro-batch-size", type=_count, required=True)
+    parser.add_argument("--global-batch-size", type=count, required=True)
+    parser.add_argument("--micro-batch-size", type=count, required=True)
     parser.add_argument(
-        "--world-size", type=_count, default=1, metavar="N", help="how many ranks share the slots (default: 1)"
+        "--world-size", type=count, default=1, metavar="N", help="how many ranks share the slots (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="the config's seed (default: 0)")
     parser.add_argument(
         "--block-samples",
-        type=_count,
+        type=count,
         default=DataSection.model_fields["block_samples"].default,
         help="the config's data.block_samples (default: the config's default)",
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from aplantida_dist.command import CommandParser, run_command
 from aplantida_dist.data.verify import verify_dataset
-from aplantida_dist.errors import run_command
 
 EXAMPLE = """\
 example:
@@ -18,9 +17,7 @@ Exit code 0 and one line when the dataset is sound, else 2 and one line on stder
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="shards/verify.py", description=str(__doc__), example=EXAMPLE)
     parser.add_argument("dataset", type=Path, metavar="DATASET", help="the folder that shards/build.py made")
     dataset_dir: Path = parser.parse_args().dataset
     verdict = verify_dataset(dataset_dir)

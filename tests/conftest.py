@@ -7,11 +7,11 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from aplantida_dist.data.writer import ShardLimits  # noqa: E402
-from tests.pictures import build, fill  # noqa: E402
+from aplantida_dist.data.writer import ShardLimits
+from tests.pictures import build, fill
 
 torch.set_num_threads(1)
 

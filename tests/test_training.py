@@ -46,7 +46,9 @@ def test_ranks_do_not_change_the_training(dataset_dir: Path, tmp_path: Path, opt
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=4)
     outcomes = {}
     for world_size in (1, 2, 3):
-        ranks = run_ranks(world_size, losses_of_steps, config, tmp_path / f"run_{world_size}", [f"optimizer.name={optimizer}"])
+        ranks = run_ranks(
+            world_size, losses_of_steps, config, tmp_path / f"run_{world_size}", [f"optimizer.name={optimizer}"]
+        )
         assert all(rank["losses"] == ranks[0]["losses"] for rank in ranks)
         order = sorted(entry for rank in ranks for entry in rank["keys"] if entry[0][2] < ranks[0]["slots"])
         outcomes[world_size] = (ranks[0]["losses"], order[: STEPS * ranks[0]["slots"]], ranks[0]["weights"])

@@ -78,7 +78,8 @@ class Split:
         if self.max_samples is None:
             return sizes
         before = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-        return np.clip(self.max_samples - before, 0, sizes)
+        limited: IntArray = np.clip(self.max_samples - before, 0, sizes)
+        return limited
 
     @property
     def num_samples(self) -> int:

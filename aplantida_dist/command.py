@@ -1,0 +1,52 @@
+"""How a command of the project speaks: its arguments, its one-line errors, its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from aplantida_dist.errors import UserError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose help ends with an example and whose complaint is one line."""
+
+    def __init__(self, *, prog: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse found, instead of printing the usage over several lines."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def count(text: str) -> int:
+    """Read a positive whole number from the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a positive whole number")
+    return int(text)
+
+
+def run_command(command: Callable[[], int | None]) -> NoReturn:
+    """Run a command and exit: 0 when it is done, 2 for a `UserError` (one line on stderr), 130 for Ctrl-C."""
+    try:
+        code = command()
+    except UserError as error:
+        if not error.is_told_elsewhere:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); closing stderr keeps the interpreter from complaining at exit.
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(code or 0)
