@@ -130,12 +130,14 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         with job.world.accumulating(job.model, is_last=slot == slots[-1]):
             logits = job.model(job.normalize(batch.images))
             losses = cross_entropy(logits, batch.labels, label_smoothing=job.label_smoothing)
+            if job.extra_checks:
+                _check_losses(read, losses, step)
             job.world.accelerator.backward((batch.weights * losses).sum() * scale)
         running.totals.update(
             logits.detach(), losses.detach(), labels=batch.labels, weights=batch.weights, identities=batch.identities
         )
-        if job.extra_checks:
-            _check_slot(job, read, losses, step)
+    if job.extra_checks:
+        _check_gradients(job.model, step)
     if job.clip_norm is not None:
         job.world.accelerator.clip_grad_norm_(job.model.parameters(), job.clip_norm)
     job.optimizer.step()
@@ -242,15 +244,17 @@ def _sum_across_ranks(job: Job, running: Running, done: int) -> EpochSoFar:
     return EpochSoFar(totals, running.train_s, spent_ns, waited_ns, running.skipped_steps)
 
 
-def _check_slot(job: Job, read: Batch, losses: Tensor, step: int) -> None:
-    """The extra checks of --debug: name the samples whose loss, or the weights whose gradient, is not a number."""
+def _check_losses(read: Batch, losses: Tensor, step: int) -> None:
+    """An extra check of --debug: name the samples whose loss is not a number."""
     broken = [key for key, fine in zip(read.sample_keys, losses.isfinite().tolist(), strict=True) if not fine]
     if broken:
         raise TrainingError(
-            f"step {step}: the loss of {', '.join(broken)} is not a number; look at them with shards/plan.py"
+            f"step {step}: the loss of {', '.join(broken)} is not a number; lower optimizer.peak_lr, or look at these pictures"
         )
-    for name, parameter in job.model.named_parameters():
+
+
+def _check_gradients(model: nn.Module, step: int) -> None:
+    """An extra check of --debug: name the first weights whose gradient is not a number."""
+    for name, parameter in model.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
-            raise TrainingError(
-                f"step {step}: the gradient of {name} holds NaN or Inf; lower optimizer.peak_lr or look at the model"
-            )
+            raise TrainingError(f"step {step}: the gradient of {name} holds NaN or Inf; lower optimizer.peak_lr")

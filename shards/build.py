@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from aplantida_dist.command import CommandParser, run_command
-from aplantida_dist.data.account import to_text
-from aplantida_dist.data.builder import BuildOptions, build_from_folder
-from aplantida_dist.data.writer import ShardLimits
+from aplantida_dist.shards.account import to_text
+from aplantida_dist.shards.builder import BuildOptions, build_from_folder
+from aplantida_dist.shards.writer import ShardLimits
 
 EXAMPLE = """\
 example:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from aplantida_dist.command import CommandParser, run_command
-from aplantida_dist.data.verify import verify_dataset
+from aplantida_dist.shards.verify import verify_dataset
 
 EXAMPLE = """\
 example:

@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from aplantida_dist.data.writer import ShardLimits
+from aplantida_dist.shards.writer import ShardLimits
 from tests.pictures import build, fill
 
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from aplantida_dist.data.account import Account
-from aplantida_dist.data.builder import BuildOptions, build_from_folder
-from aplantida_dist.data.writer import ShardLimits
+from aplantida_dist.shards.account import Account
+from aplantida_dist.shards.builder import BuildOptions, build_from_folder
+from aplantida_dist.shards.writer import ShardLimits
 
 
 def draw(number: int, *, image_format: str = "JPEG", width: int = 24, height: int = 20) -> bytes:

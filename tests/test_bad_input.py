@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aplantida_dist.data.writer import ShardLimits
 from aplantida_dist.errors import UserError
+from aplantida_dist.shards.writer import ShardLimits
 from aplantida_dist.world import open_world
 from tests.pictures import build, fill
 from tests.ranks import command_on_ranks, run_ranks

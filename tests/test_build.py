@@ -21,20 +21,20 @@ import pytest
 from pictures import build, digests_of, draw, fill, put
 from PIL import Image
 
-from aplantida_dist.data import pace
-from aplantida_dist.data.account import Account
-from aplantida_dist.data.audit import Candidate, Picture, audit_file, sample_key_of
-from aplantida_dist.data.builder import BuildError, read_samples
+from aplantida_dist.shards import pace
 from aplantida_dist.data.classmap import ClassMap, load_class_map
-from aplantida_dist.data.folder import FolderError, read_folder
 from aplantida_dist.data.index import read_index, read_member
 from aplantida_dist.data.manifest import load_manifest
-from aplantida_dist.data.pace import with_pace
-from aplantida_dist.data.placement import PlacementError
-from aplantida_dist.data.record import MEANING_OF_REASON
-from aplantida_dist.data.split import split_by_class, split_sizes
-from aplantida_dist.data.writer import Sample, ShardLimits, WriterError, write_split
 from aplantida_dist.errors import UserError
+from aplantida_dist.shards.account import Account
+from aplantida_dist.shards.audit import Candidate, Picture, audit_file, sample_key_of
+from aplantida_dist.shards.builder import BuildError, read_samples
+from aplantida_dist.shards.folder import FolderError, read_folder
+from aplantida_dist.shards.pace import with_pace
+from aplantida_dist.shards.placement import PlacementError
+from aplantida_dist.shards.record import MEANING_OF_REASON
+from aplantida_dist.shards.split import split_by_class, split_sizes
+from aplantida_dist.shards.writer import Sample, ShardLimits, WriterError, write_split
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,9 @@ from pictures import build, fill
 from PIL import Image
 from timm.data import create_dataset
 
-from aplantida_dist.data.audit import sample_key_of
 from aplantida_dist.data.manifest import load_manifest
-from aplantida_dist.data.writer import ShardLimits
+from aplantida_dist.shards.audit import sample_key_of
+from aplantida_dist.shards.writer import ShardLimits
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 COUNTS = {"birch": 20, "oak": 12, "yew": 10}

@@ -20,9 +20,9 @@ from pictures import build, fill
 from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.index import INDEX_DTYPE
 from aplantida_dist.data.manifest import Shard, identity_of, load_manifest, make_manifest, save_manifest
-from aplantida_dist.data.verify import VerifyError, verify_dataset
-from aplantida_dist.data.writer import ShardLimits
 from aplantida_dist.files import sha256_of_file
+from aplantida_dist.shards.verify import VerifyError, verify_dataset
+from aplantida_dist.shards.writer import ShardLimits
 
 ROOT = Path(__file__).parents[1]
 SHARD_0, SHARD_1, INDEX_0 = "train/shard-000000.tar", "train/shard-000001.tar", "train/shard-000000.idx"

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from aplantida_dist.data.index import IMAGE_SUFFIXES, INDEX_DTYPE, split_member_name
 from aplantida_dist.data.manifest import Shard
-from aplantida_dist.data.members import read_tar_members
 from aplantida_dist.files import sha256_of_file
+from aplantida_dist.shards.members import read_tar_members
 
 
 @dataclass(frozen=True, order=True)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from aplantida_dist.data.account import REPORT_FILES
 from aplantida_dist.data.classmap import CLASSES_FILE
 from aplantida_dist.data.manifest import SPLITS
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import sync_folder
+from aplantida_dist.shards.account import REPORT_FILES
 
 DATASET_ENTRIES = frozenset({CLASSES_FILE, *REPORT_FILES, *SPLITS})
 """Everything that a dataset's folder may hold."""

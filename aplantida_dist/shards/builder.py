@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aplantida_dist.data.account import Account, save_account
-from aplantida_dist.data.audit import Candidate, Fault, audit_files, drop_copies, sample_key_of
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap
-from aplantida_dist.data.folder import Folder, read_folder
 from aplantida_dist.data.manifest import SPLITS, Manifest
-from aplantida_dist.data.pace import with_pace
-from aplantida_dist.data.placement import placed, require_free_place
-from aplantida_dist.data.record import LeftOut, Record
-from aplantida_dist.data.split import split_by_class
-from aplantida_dist.data.writer import Sample, ShardLimits, write_split
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
+from aplantida_dist.shards.account import Account, save_account
+from aplantida_dist.shards.audit import Candidate, Fault, audit_files, drop_copies, sample_key_of
+from aplantida_dist.shards.folder import Folder, read_folder
+from aplantida_dist.shards.pace import with_pace
+from aplantida_dist.shards.placement import placed, require_free_place
+from aplantida_dist.shards.record import LeftOut, Record
+from aplantida_dist.shards.split import split_by_class
+from aplantida_dist.shards.writer import Sample, ShardLimits, write_split
 
 
 class BuildError(UserError):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
-from aplantida_dist.data.inspection import Damage, ShardFinding, inspect_shard
 from aplantida_dist.data.manifest import (
     MANIFEST_FILE,
     SPLITS,
@@ -18,9 +17,10 @@ from aplantida_dist.data.manifest import (
     identity_of,
     parse_manifest,
 )
-from aplantida_dist.data.pace import with_pace
-from aplantida_dist.data.placement import DATASET_ENTRIES
 from aplantida_dist.errors import UserError
+from aplantida_dist.shards.inspection import Damage, ShardFinding, inspect_shard
+from aplantida_dist.shards.pace import with_pace
+from aplantida_dist.shards.placement import DATASET_ENTRIES
 
 OPTIONAL_ENTRIES = frozenset({"val", "test"})
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError
 
 from aplantida_dist.data.images import MAX_PIXELS, DecodeError, decode
-from aplantida_dist.data.record import LeftOut, Reason, Record
 from aplantida_dist.errors import UserError
+from aplantida_dist.shards.record import LeftOut, Reason, Record
 
 KEY_DIGITS = 24
 SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aplantida_dist.data.record import LeftOut, Record
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
+from aplantida_dist.shards.record import LeftOut, Record
 
 METADATA_FILE = "metadata.jsonl"
 SPLIT_OF_FOLDER = {"train": "train", "val": "val", "validation": "val", "test": "test"}

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aplantida_dist.data.folder import MetadataUse
 from aplantida_dist.data.manifest import Manifest
-from aplantida_dist.data.record import MEANING_OF_REASON, LeftOut, Reason
 from aplantida_dist.files import write_json, write_whole
+from aplantida_dist.shards.folder import MetadataUse
+from aplantida_dist.shards.record import MEANING_OF_REASON, LeftOut, Reason
 
 REPORT_FILES = ("report.json", "report.md")
 REPORT_VERSION = 1

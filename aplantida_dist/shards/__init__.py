@@ -1,0 +1,1 @@
+"""Behind the commands in shards/: building a dataset from pictures, and verifying one."""
