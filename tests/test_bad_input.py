@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.shards.writer import ShardLimits
@@ -221,3 +222,21 @@ def meet_a_fault_on_rank_1() -> str:
     with pytest.raises(UserError) as caught:
         world.agree_across_ranks(look)
     return str(caught.value)
+
+
+def test_a_precision_that_the_device_or_the_launcher_contradicts(
+    dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 needs a GPU; a launcher that asks for another precision or accumulation than the config is not ignored."""
+    config = write_config(tmp_path / "config.yaml", dataset_dir)
+    if not torch.cuda.is_available():
+        assert "train.precision fp16: fp16 mixed precision requires" in train_complaint(
+            config, tmp_path, "train.precision=fp16"
+        )
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "launched with mixed precision bf16, the config says train.precision fp32" in train_complaint(
+        config, tmp_path
+    )
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert "4 gradient accumulation steps" in train_complaint(config, tmp_path)
