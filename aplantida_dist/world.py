@@ -149,7 +149,12 @@ def open_world(*, precision: str, timeout_s: int) -> World:
             ],
         )
     except ValueError as error:
-        raise WorldError(f"train.precision {precision}: {error}; choose another precision or another device") from error
+        raise WorldError(f"train.precision {precision}: {error}; choose another precision or device") from error
+    if precision == "fp16" and accelerator.scaler is None:
+        # accelerate trains in fp32 then, without a word.
+        raise WorldError(
+            f"train.precision fp16 needs a GPU, this process runs on {accelerator.device.type}; choose bf16 or fp32"
+        )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise WorldError(

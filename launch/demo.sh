@@ -8,7 +8,8 @@ run=runs/demo
 
 say() { printf '\n== %s\n' "$1"; }
 
-if [ ! -d "$pictures" ]; then
+if [ ! -f "$pictures/metadata.jsonl" ]; then    # written last: without it a drawing was interrupted
+    rm -rf "$pictures"
     say "drawing a herbarium: $pictures"
     python -m aplantida_dist.herbarium --out "$pictures"
 fi

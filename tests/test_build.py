@@ -21,11 +21,11 @@ import pytest
 from pictures import build, digests_of, draw, fill, put
 from PIL import Image
 
-from aplantida_dist.shards import pace
 from aplantida_dist.data.classmap import ClassMap, load_class_map
 from aplantida_dist.data.index import read_index, read_member
 from aplantida_dist.data.manifest import load_manifest
 from aplantida_dist.errors import UserError
+from aplantida_dist.shards import pace
 from aplantida_dist.shards.account import Account
 from aplantida_dist.shards.audit import Candidate, Picture, audit_file, sample_key_of
 from aplantida_dist.shards.builder import BuildError, read_samples

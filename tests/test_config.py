@@ -10,17 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from aplantida_dist.config import (
-    SECTIONS,
-    Change,
-    Config,
-    ConfigError,
-    changed_fields,
-    debug_overrides,
-    load_config,
-    load_debug_config,
-    parse_config,
-)
+from aplantida_dist.config import SECTIONS, Change, Config, ConfigError, changed_fields
+from aplantida_dist.config_file import load_config, parse_config
+from aplantida_dist.debug import debug_overrides, load_debug_config
 from aplantida_dist.strict_yaml import dump_yaml, load_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,20 +30,3 @@ def test_a_step_never_waits_for_the_device(dataset_dir: Path, tmp_path: Path, pr
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert compute(running.totals.vector).num_samples == 4 * 16
-
-
-def test_fp16_with_its_scaler_trains(dataset_dir: Path, tmp_path: Path) -> None:
-    """The scaler's factor is in the checkpoint's reach, and the loss comes down."""
-    config = write_config(tmp_path / "config.yaml", dataset_dir, precision="fp16")
-    job = compose(config, tmp_path / "run").job
-    job.model.train()
-    running: Any = Running(Totals(job.num_classes, job.world.device))
-    batches = read_ahead(job, 0)
-    losses = []
-    for step in range(15):
-        run_step(job, batches, running, step)
-        if (step + 1) % 5 == 0:
-            losses.append(compute(running.totals.vector).loss)
-            running.reset()
-    assert job.world.accelerator.scaler is not None
-    assert losses[-1] < losses[0]

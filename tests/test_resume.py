@@ -50,14 +50,23 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert columns[0] == columns[1]
 
 
-@pytest.mark.parametrize("model", ["test_convnext", "test_resnet"])
-@pytest.mark.parametrize("stops", [[7, 13], [10, 12], [1, 19]])
+@pytest.mark.parametrize(
+    ("model", "precision", "stops"),
+    [
+        ("test_convnext", "fp32", [7, 13]),
+        ("test_resnet", "fp32", [10, 12]),
+        ("test_resnet", "fp32", [1, 19]),
+        ("test_convnext", "bf16", [10, 19]),
+    ],
+)
 def test_a_run_stopped_twice_is_the_unbroken_run(
-    dataset_dir: Path, tmp_path: Path, model: str, stops: list[int]
+    dataset_dir: Path, tmp_path: Path, model: str, precision: str, stops: list[int]
 ) -> None:
-    """Cut back to a checkpoint, resumed, cut back again: mid-epoch, at an epoch's end, with dropout and BatchNorm."""
+    """Cut back to a checkpoint, resumed, cut back again: mid-epoch, at an epoch's end, with dropout, BatchNorm, bf16."""
     overrides = ("model.kwargs.drop_rate=0.1",)
-    config = write_config(tmp_path / "config.yaml", dataset_dir, model=model, epochs=EPOCHS, every_steps=1)
+    config = write_config(
+        tmp_path / "config.yaml", dataset_dir, model=model, precision=precision, epochs=EPOCHS, every_steps=1
+    )
     overrides += ("checkpoint.keep_last=100",)
     train(1, config, tmp_path / "whole", tmp_path, *overrides)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")

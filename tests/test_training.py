@@ -90,9 +90,14 @@ def make_probe(num_classes: int) -> Probe:
     return Probe(num_classes)
 
 
-def gradient_of_step(config: Path, run_dir: Path, overrides: Sequence[str], step: int) -> list[Any]:
+def gradient_of_step(
+    config: Path, run_dir: Path, overrides: Sequence[str], step: int, with_scaler: bool = False
+) -> list[Any]:
     """The gradient of one step over all ranks, read off a plain descent with learning rate 1."""
     job = compose(config, run_dir, overrides).job
+    if with_scaler:
+        # accelerate makes a scaler on GPUs alone; torch's own works anywhere, and the loop is the same.
+        job.world.accelerator.scaler = torch.amp.GradScaler("cpu")
     model = make_probe(job.num_classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -139,6 +144,24 @@ def test_the_gradient_is_that_of_the_mean_over_the_global_batch(
             for ours, theirs in zip(found, expected, strict=True):
                 assert abs(ours - theirs).max() < 1e-12
     assert max(abs(part).max() for part in expected) > 1e-3, "a gradient of zero would prove nothing"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_loss_scaler_of_fp16_leaves_the_gradient_exact(dataset_dir: Path, tmp_path: Path, world_size: int) -> None:
+    """A scale that is a power of two cancels to the last bit, ragged last step and accumulation included."""
+    config = write_config(tmp_path / "config.yaml", dataset_dir)
+    plain = run_ranks(world_size, gradient_of_step, config, tmp_path / "plain", [], 4)
+    scaled = run_ranks(world_size, gradient_of_step, config, tmp_path / "scaled", [], 4, True)
+    for ours, theirs in zip(plain[0], scaled[0], strict=True):
+        assert abs(ours - theirs).max() < 1e-15
+
+
+def test_bf16_acts(dataset_dir: Path, tmp_path: Path) -> None:
+    """The same step in bf16 has another loss than in fp32, by about the precision of bf16."""
+    config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=4)
+    (exact,) = run_ranks(1, losses_of_steps, config, tmp_path / "fp32", [])
+    (rounded,) = run_ranks(1, losses_of_steps, config, tmp_path / "bf16", ["train.precision=bf16"])
+    assert 0 < abs(exact["losses"][0] - rounded["losses"][0]) < 0.05
 
 
 @pytest.mark.parametrize("max_samples", [1, 3])

@@ -1,0 +1,96 @@
+"""The bench compares equals: what stands side by side in its table does the same work."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from aplantida_dist.metrics import Totals, compute
+from aplantida_dist.world import open_world
+from bench.finding import Finding, Goal, compare, interleave
+from bench.loader import Loader, image_folder, measure, ours, webdataset_pipeline
+from bench.loop import Load, make_loops
+from bench.pictures import Pictures, prepare_pictures
+from bench.table import to_text
+from bench.totals import make_peer, make_slot, update_ours
+
+NUM_PICTURES = 36
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+    cache_dir = tmp_path_factory.mktemp("bench")
+    return prepare_pictures(cache_dir, num_pictures=NUM_PICTURES, width=48, height=36, workers=1)
+
+
+@pytest.mark.parametrize("loader", [ours, webdataset_pipeline, image_folder])
+def test_every_loader_delivers_every_picture_once_and_normalised(loader: Loader, pictures: Pictures) -> None:
+    """Float batches of one shape and one scale: over an epoch, the means of the channels are those of the pictures."""
+    deliveries = list(loader(pictures, 0))
+    assert sum(delivery.num_pictures for delivery in deliveries) == NUM_PICTURES
+    images = torch.cat([delivery.images[: delivery.num_pictures] for delivery in deliveries])
+    assert images.dtype == torch.float32
+    assert images.shape[1:] == (3, 224, 224)
+    reference = torch.cat([delivery.images[: delivery.num_pictures] for delivery in image_folder(pictures, 1)])
+    assert images.mean((0, 2, 3)).tolist() == pytest.approx(reference.mean((0, 2, 3)).tolist(), abs=0.15)
+    assert images.std().item() == pytest.approx(reference.std().item(), rel=0.1)
+
+
+def test_a_pass_counts_the_time_of_the_workers(pictures: Pictures) -> None:
+    """The CPU time is more than this process spends, because two workers decode for it and have ended."""
+    started_s = time.process_time()
+    measured = measure(0, loader=image_folder, pictures=pictures)
+    own_s = time.process_time() - started_s
+    assert measured.num_pictures == NUM_PICTURES
+    assert measured.cpu_s > own_s + 0.01
+
+
+def test_both_loops_take_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve steps of each, across one computing of the totals, end at the same weights."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    world = open_world(precision="fp32", timeout_s=60)
+    our_loop, bare_loop = make_loops(Load("test_vit", image_size=32, num_classes=10, batch_size=4), world=world)
+    before = [parameter.detach().clone() for parameter in bare_loop.model.parameters()]
+    for _ in range(12):
+        our_loop.step()
+        bare_loop.step()
+    trained = zip(our_loop.job.model.parameters(), bare_loop.model.parameters(), before, strict=True)
+    for our_parameter, bare_parameter, start in trained:
+        assert not torch.equal(bare_parameter, start)
+        assert torch.allclose(our_parameter, bare_parameter, atol=1e-5)
+    assert compute(our_loop.running.totals.vector).num_samples == 48
+
+
+def test_totals_and_torchmetrics_say_the_same() -> None:
+    """With no class absent and no ties, loss, top-1, top-5 and macro top-1 agree."""
+    slot, totals, peer = make_slot(128, 32), Totals(32, torch.device("cpu")), make_peer(32)
+    for _ in range(2):
+        update_ours(totals, slot)
+        peer.update(slot)
+    metrics = compute(totals.vector)
+    assert 0.1 < metrics.top1 < metrics.top5 < 1.0
+    assert peer.compute() == pytest.approx([metrics.loss, metrics.top1, metrics.top5, metrics.macro_top1], abs=1e-6)
+
+
+def test_measures_take_turns() -> None:
+    """Each is measured once a repeat, and another one goes first each time."""
+    order: list[str] = []
+    results = interleave(
+        [lambda repeat: order.append("a") or repeat, lambda repeat: order.append("b") or -repeat], repeats=3
+    )
+    assert order == list("abbaab")
+    assert results == [[0, 1, 2], [0, -1, -2]]
+
+
+def test_the_ratio_is_the_median_of_the_pairs() -> None:
+    """One disturbed repeat moves neither the ratio nor the verdict; a missed goal is said aloud."""
+    faster = compare("x", "ms", [1.0, 9.0, 1.0], [2.0, 9.0, 2.0], peer_name="peer", goal=Goal("at most", 0.5))
+    slower = compare("x", "1/s", [1.0, 1.0], [2.0, 2.0], peer_name="peer", goal=Goal("at least", 1.0))
+    assert faster.ratio == 0.5
+    assert faster.is_reached
+    assert not slower.is_reached
+    alone = Finding("y", "MB", 51.0, "", None, None, Goal("at most", 50.0))
+    lines = to_text([faster, slower, alone]).splitlines()
+    assert [line.split()[-1] for line in lines] == ["reached", "yes", "NO", "NO"]
