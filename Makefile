@@ -37,4 +37,4 @@ bench: $(READY)
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf .venv demo runs/demo shards/demo
+	rm -rf .venv demo runs/demo shards/demo bench/.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -111,12 +112,12 @@ def compute(vector: Tensor) -> Metrics:
         )
     loss_sum = (head["loss_high"] << LIMB_BITS) + head["loss_low"]
     weight_sum = (head["weight_high"] << LIMB_BITS) + head["weight_low"]
-    recalls = [Fraction(hit, count) for hit, count in zip(hits, support, strict=True) if count]
+    recalls = [hit / count for hit, count in zip(hits, support, strict=True) if count]
     return Metrics(
         loss=float(Fraction(loss_sum, weight_sum)),
         top1=head["top1"] / head["samples"],
         top5=head["top5"] / head["samples"],
-        macro_top1=float(sum(recalls, Fraction(0)) / len(recalls)),
+        macro_top1=math.fsum(recalls) / len(recalls),
         num_samples=head["samples"],
         void_samples=head["void"],
         identity_digest=identity_digest(head["identity"]),

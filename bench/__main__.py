@@ -1,0 +1,79 @@
+"""Our speed beside our peers', interleaved in one run, as one table of ratios. Nothing here fails for being slow."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from aplantida_dist.command import CommandParser, count, run_command
+from aplantida_dist.world import open_world
+from bench.finding import Finding
+from bench.loader import bench_loader
+from bench.loop import bench_loop
+from bench.pictures import prepare_pictures
+from bench.plan import bench_plan
+from bench.table import machine_facts, to_text
+from bench.totals import bench_totals
+
+PARTS = ("loader", "loop", "totals", "plan")
+CACHE_DIR = Path(__file__).parent / ".cache"
+WIDTH, HEIGHT = 500, 375
+EXAMPLE = """\
+example:
+  python -m bench --only loader --repeats 3
+
+One thread a process, all on the CPU. CPU time is user + system of this process and its workers; a ratio is ours / the
+peer's, the median over the repeats. Every loader delivers the same pictures as normalised float32 batches of 64 at
+224 px with the same crop, flip and number of workers, from the page cache; ours ships uint8 and normalises in the main
+process, the peers in their workers. The first run draws the pictures (about a minute) and keeps them in bench/.cache.
+"""
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    torch.set_num_threads(1)
+    findings = [finding for part in options.only or PARTS for finding in _bench(part, options)]
+    print(f"\n{to_text(findings)}\n\n{machine_facts()}")
+
+
+def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
+    print(f"bench: {part} …", file=sys.stderr, flush=True)
+    match part:
+        case "loader":
+            pictures = prepare_pictures(
+                CACHE_DIR, num_pictures=options.pictures, width=WIDTH, height=HEIGHT, workers=os.cpu_count() or 1
+            )
+            return bench_loader(pictures, repeats=options.repeats)
+        case "loop":
+            os.environ["ACCELERATE_USE_CPU"] = "true"  # it would take a GPU where there is one
+            return bench_loop(world=open_world(precision="fp32", timeout_s=60), repeats=options.repeats)
+        case "totals":
+            return bench_totals(repeats=options.repeats)
+        case _:
+            return bench_plan(repeats=options.repeats)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="python -m bench",
+        description="Print our speed beside our peers', interleaved in one run; nothing fails for being slow.",
+        example=EXAMPLE,
+    )
+    parser.add_argument(
+        "--only", action="append", choices=PARTS, help="run this part; give it again for another (default: all)"
+    )
+    parser.add_argument(
+        "--repeats", type=count, default=5, help="how often each is measured, or a multiple of it (default %(default)s)"
+    )
+    parser.add_argument(
+        "--pictures", type=count, default=1536, help="how many pictures the loaders read (default %(default)s)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,170 @@
+"""Our training loop beside a bare PyTorch loop: the same model, optimizer, resident batches and clipping, no loader."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, cycle
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from torch import nn
+
+from aplantida_dist.data.dataset import Split
+from aplantida_dist.data.images import EvaluationTransform, TrainTransform
+from aplantida_dist.data.manifest import make_manifest
+from aplantida_dist.data.plan import Coordinates, TrainPlan
+from aplantida_dist.data.stream import Batch, Reading
+from aplantida_dist.metrics import Totals, compute
+from aplantida_dist.model import Normalize, build_model, build_optimizer, pixel_convention
+from aplantida_dist.record import NullRecord
+from aplantida_dist.schedule import Schedule
+from aplantida_dist.trainer import Job, Running, run_step
+from aplantida_dist.world import World
+from bench.finding import Finding, Goal, compare, cpu_ms_of, interleave
+
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 0.05
+CLIP_NORM = 1.0
+NUM_BATCHES = 4
+STEPS_A_BLOCK = 10
+"""As many as the config's default `train.log_every_steps`, so that each block computes the totals once."""
+GOAL = Goal("at most", 1.03)
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What both loops train: a timm model by name, and the size of a step. Chosen so that a step takes 0.1 to 0.2 s."""
+
+    model_name: str
+    image_size: int
+    num_classes: int
+    batch_size: int
+
+
+SMALL = Load("test_vit", image_size=160, num_classes=1000, batch_size=32)
+
+
+@dataclass(frozen=True)
+class OurLoop:
+    """Ours: `run_step` of the trainer, fed from memory, and now and then the totals so far, which its progress shows."""
+
+    job: Job
+    running: Running
+    batches: Iterator[Batch]
+    steps: Iterator[int]
+
+    def step(self) -> None:
+        done = next(self.steps) + 1
+        run_step(self.job, self.batches, self.running, done - 1)
+        if done % self.job.log_every_steps == 0:
+            compute(self.job.world.sum_across_ranks(self.running.totals.vector))
+
+
+@dataclass(frozen=True)
+class BareLoop:
+    """The loop that one writes first: forward, loss, backward, clip, update. It counts nothing and logs nothing."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    normalize: nn.Module
+    batches: Iterator[Batch]
+
+    def step(self) -> None:
+        batch = next(self.batches)
+        logits = self.model(self.normalize(batch.images))
+        loss = nn.functional.cross_entropy(logits, batch.labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def make_loops(load: Load, *, world: World) -> tuple[OurLoop, BareLoop]:
+    """Both loops, from the same weights, over the same batches."""
+    model = build_model(
+        load.model_name,
+        num_classes=load.num_classes,
+        image_size=load.image_size,
+        pretrained=False,
+        kwargs={},
+        seed=SEED,
+    )
+    model.train()
+    batches = _resident_batches(load)
+    twin = copy.deepcopy(model)
+    bare_optimizer = build_optimizer(twin, name="adamw", weight_decay=WEIGHT_DECAY, kwargs={})
+    for group in bare_optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+    normalize = Normalize(pixel_convention(model), world.device)
+    job = _job(load, model=model, normalize=normalize, world=world)
+    running = Running(Totals(load.num_classes, world.device))
+    ours = OurLoop(job, running, cycle(batches), count())
+    return ours, BareLoop(twin, bare_optimizer, normalize, cycle(batches))
+
+
+def bench_loop(*, world: World, repeats: int) -> list[Finding]:
+    """Compare the CPU time of single steps that take turns, summed over blocks, so that the totals' share is in each."""
+    ours, bare = make_loops(SMALL, world=world)
+    for loop in (ours, bare):
+        loop.step()  # the first one makes the optimizer's state
+    steps_ms = interleave([cpu_ms_of(ours.step), cpu_ms_of(bare.step)], repeats=STEPS_A_BLOCK * 2 * repeats)
+    our_ms, bare_ms = (_means_of_blocks(series) for series in steps_ms)
+    what = f"loop: a step of {SMALL.model_name}, {SMALL.batch_size} pictures, {SMALL.num_classes:,} classes"
+    return [compare(what, "CPU ms", our_ms, bare_ms, peer_name="bare PyTorch", goal=GOAL)]
+
+
+def _means_of_blocks(steps_ms: list[float]) -> list[float]:
+    return [fmean(steps_ms[start : start + STEPS_A_BLOCK]) for start in range(0, len(steps_ms), STEPS_A_BLOCK)]
+
+
+def _resident_batches(load: Load) -> list[Batch]:
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (load.batch_size, 3, load.image_size, load.image_size)
+    return [
+        Batch(
+            at=Coordinates(0, step, 0),
+            images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+            labels=torch.randint(load.num_classes, (load.batch_size,), generator=generator),
+            weights=torch.ones(load.batch_size),
+            identities=torch.arange(load.batch_size),
+            sample_keys=tuple(f"{step}-{i}" for i in range(load.batch_size)),
+        )
+        for step in range(NUM_BATCHES)
+    ]
+
+
+def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) -> Job:
+    """A job of one slot a step, with a plan that no bench reaches the end of."""
+    optimizer = build_optimizer(model, name="adamw", weight_decay=WEIGHT_DECAY, kwargs={})
+    model, optimizer = world.prepare(model, optimizer)
+    sizes = np.array([load.batch_size * 1000], dtype=np.int64)
+    nothing = make_manifest(split="train", class_map_digest="", shards=(), identity_sum=0)
+    return Job(
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        normalize=normalize,
+        plan=TrainPlan(sizes, SEED, load.batch_size, load.batch_size, 2**18),
+        schedule=Schedule("constant", LEARNING_RATE, LEARNING_RATE, 0, 10**6),
+        train_split=Split(Path("resident"), nothing),
+        val_split=None,
+        train_transform=TrainTransform(load.image_size, (1.0, 1.0), (1.0, 1.0), 0.0, "bilinear"),
+        evaluation_transform=EvaluationTransform(load.image_size, 1.0, "bilinear"),
+        reading=Reading(0, 1, pin_memory=False),
+        record=NullRecord(),
+        digests={},
+        num_classes=load.num_classes,
+        seed=SEED,
+        label_smoothing=0.0,
+        clip_norm=CLIP_NORM,
+        log_every_steps=STEPS_A_BLOCK,
+        checkpoint_every_steps=None,
+        evaluate_every_epochs=1,
+        evaluation_micro_batch_size=load.batch_size,
+        extra_checks=False,
+    )
