@@ -13,7 +13,8 @@ from torch import nn
 from aplantida_dist.checkpoint import load_model_state
 from aplantida_dist.command import CommandParser, run_command
 from aplantida_dist.compose import evaluation_transform_of, model_of, reading_of
-from aplantida_dist.config import Config, load_config
+from aplantida_dist.config import Config
+from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.errors import UserError

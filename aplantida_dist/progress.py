@@ -8,6 +8,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
+
 LINE_EVERY_S = 10.0
 """Off a terminal, a line at most this often; a log file of a week stays readable."""
 
@@ -39,21 +41,28 @@ class NullProgress:
 
 
 class Bar:
-    """A tqdm bar over the run's steps, on stderr."""
+    """A tqdm bar over the run's steps, on stderr. It appears with the first step, below what was said before."""
 
     def __init__(self, *, first_step: int, total_steps: int) -> None:
-        self._bar = tqdm(initial=first_step, total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._first_step = first_step
+        self._total_steps = total_steps
+        self._bar: tqdm | None = None
 
     def advance(self, step: int, *, epoch: int, facts: dict[str, str]) -> None:
+        if self._bar is None:
+            self._bar = tqdm(
+                initial=self._first_step, total=self._total_steps, dynamic_ncols=True, bar_format=BAR_FORMAT
+            )
         self._bar.set_description(f"epoch {epoch}", refresh=False)
         self._bar.set_postfix(facts, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:
-        self._bar.write(text, file=sys.stdout)
+        tqdm.write(text, file=sys.stdout)
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 class Lines:

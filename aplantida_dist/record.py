@@ -66,6 +66,9 @@ class Record(Protocol):
     def finish(self) -> None:
         """Close the views; the record itself is on disk already."""
 
+    def fail(self, reason: str) -> None:
+        """Leave word of an error that ends the run."""
+
 
 class NullRecord:
     """The record of every rank but the main process."""
@@ -92,6 +95,9 @@ class NullRecord:
         """Nothing."""
 
     def finish(self) -> None:
+        """Nothing."""
+
+    def fail(self, reason: str) -> None:
         """Nothing."""
 
 
@@ -181,6 +187,10 @@ class MainRecord:
     def finish(self) -> None:
         self.progress.close()
         self.report.finish()
+
+    def fail(self, reason: str) -> None:
+        self.progress.close()
+        self.status.fail(reason)
 
 
 def summary_line(row: Row, *, is_best: bool) -> str:

@@ -25,9 +25,15 @@ class Status:
         self._total_steps = total_steps
         self._phase: Phase | None = None
         self._written_s = 0.0
+        self._epoch, self._step = 0, 0
+
+    def fail(self, reason: str) -> None:
+        """Say that the run has ended with an error, and where it stood."""
+        self.tell("failed", epoch=self._epoch, step=self._step, reason=reason)
 
     def tell(self, phase: Phase, *, epoch: int, step: int, **facts: Any) -> None:
         """Say where the run is: epoch from 1, completed steps; facts such as images_per_s and eta_s."""
+        self._epoch, self._step = epoch, step
         now_s = time.monotonic()
         if phase == self._phase and now_s - self._written_s < WRITE_EVERY_S:
             return

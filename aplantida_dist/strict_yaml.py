@@ -7,42 +7,17 @@ reads `1e-3` as text, `on` as true, `010` as 8, `1:30` as 90 and keeps the last 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from aplantida_dist.errors import UserError
+from aplantida_dist.yaml_words import meaning, objection
 
 MAX_DEPTH = 32
 
-_CONSTANTS: dict[str, bool | None] = {
-    **dict.fromkeys(("null", "Null", "NULL", "~")),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-}
-_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
-_FLOAT = re.compile(r"[-+]?(0|[1-9][0-9]*)\.[0-9]+([eE][-+][0-9]+)?")
-_LIKE_A_NUMBER = re.compile(r"([-+]?)(?=\.?[0-9])([0-9_]*)\.?([0-9_]*)(?:[eE]([-+]?)([0-9]+))?")
-_OBJECTIONS = tuple(
-    (re.compile(pattern, re.IGNORECASE), objection)
-    for pattern, objection in (
-        ("", "which means null to some and nothing to others; write null, or a value"),
-        ("y|yes|on", 'which some readers take for true and others for text; write true, or "{text}" in quotes'),
-        ("n|no|off", 'which some readers take for false and others for text; write false, or "{text}" in quotes'),
-        ("none|nil", 'which YAML reads as text; write null, or "{text}" in quotes'),
-        (r"[-+]?\.?(inf|infinity|nan)", 'but numbers are finite here; write a number, or "{text}" in quotes'),
-        (r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([t ].*)?", 'which some readers take for a date; write "{text}" in quotes'),
-        (r"[-+]?[0-9]+(:[0-9]+)+(\.[0-9]*)?", 'which some readers take for base 60; write "{text}" in quotes'),
-        (r"[-+]?0[xob][0-9a-f_]+", 'whose base readers disagree on; write a decimal number, or "{text}" in quotes'),
-        (r"[-+]?0[0-9_]+", 'which some readers take for octal; write it without the leading 0, or "{text}" in quotes'),
-        (r"[-+]?[0-9]+(,[0-9]+)+(\.[0-9]+)?", 'which YAML reads as text; write a decimal point, or "{text}" in quotes'),
-        (r"[-+]?[1-9][0-9]{19,}", 'which is too large for a whole number; write a smaller one, or "{text}" in quotes'),
-        ("=|<<", 'which is a command of YAML 1.1; write the keys out, or "{text}" in quotes'),
-    )
-)
 _SYNTAX_HINTS = (
     (r"'\t'", "indent with spaces, not with tabs"),
     ("mapping values are not allowed", 'check the indentation, and put text that holds ": " in quotes'),
@@ -111,7 +86,7 @@ def load_scalar(text: str, *, source: str) -> Any:
     texts = [fault.text for fault in document.faults]
     if not text.strip():
         texts = ["nothing is written here; write null, or a value"]
-    elif not texts and re.search(r"(^|\s)#", text) and _comment_is_lost(text):
+    elif not texts and _comment_is_lost(text):
         texts = [f"what follows the # in {text} would be lost as a comment; put the text in quotes"]
     if texts:
         raise YamlError(f"{source}: {'; '.join(texts)}")
@@ -123,45 +98,54 @@ def dump_yaml(content: Any) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
+def show(value: Any) -> str:
+    """A value as messages hold it: on one line, text in quotes, numbers as `load_scalar` reads them; cut after 60 characters."""
+    # In a list, because PyYAML ends a plain word that stands alone with a line of points.
+    listed = yaml.dump(
+        [value], Dumper=_Shower, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+    )
+    text = listed.removeprefix("[").removesuffix("]\n")
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
 def together(messages: Sequence[str]) -> str:
     """One message as it is; several as a line each under a heading."""
     return messages[0] if len(messages) == 1 else "\n  ".join([f"{len(messages)} errors:", *messages])
 
 
+@dataclass
 class _Walk:
     """A pass over the parser's events that builds the content and notes every fault."""
 
-    def __init__(self, events: Iterator[yaml.Event]) -> None:
-        self._events = events
-        self.lines: dict[str, int] = {}
-        self.faults: list[Fault] = []
+    events: Iterator[yaml.Event]
+    lines: dict[str, int] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
 
     def stream(self) -> Any:
         """The content of the stream's one document."""
         contents: list[Any] = []
-        for event in self._events:
+        for event in self.events:
             if not isinstance(event, yaml.DocumentStartEvent):
                 continue
             if contents:
                 self._fault(event, "", "a second document begins here; write one document a file")
             if event.version or event.tags:
                 self._fault(event, "", "a % directive changes how YAML is read; leave it out")
-            contents.append(self._value(next(self._events), ""))
+            contents.append(self._value(next(self.events), ""))
         return contents[0] if contents else None
 
     def _value(self, event: yaml.Event, place: str) -> Any:
         self.lines.setdefault(place, _line(event.start_mark))
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
+            self._refuse_marks(event, place)
         match event:
             case yaml.AliasEvent():
                 return self._fault(event, place, f"found the alias *{event.anchor}; write the value out again")
             case yaml.ScalarEvent():
-                self._refuse_marks(event, place)
                 return self._scalar(event, place)
             case yaml.SequenceStartEvent():
-                self._refuse_marks(event, place)
                 return self._sequence(place)
             case yaml.MappingStartEvent():
-                self._refuse_marks(event, place)
                 return self._mapping(place)
 
     def _refuse_marks(self, event: yaml.ScalarEvent | yaml.CollectionStartEvent, place: str) -> None:
@@ -172,13 +156,13 @@ class _Walk:
 
     def _sequence(self, place: str) -> list[Any]:
         items: list[Any] = []
-        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
             items.append(self._value(event, _below(place, str(len(items)))))
         return items
 
     def _mapping(self, place: str) -> dict[str, Any]:
         items: dict[str, Any] = {}
-        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             name = event.value if isinstance(event, yaml.ScalarEvent) else "?"
             below = _below(place, name)
             num_faults = len(self.faults)
@@ -189,7 +173,7 @@ class _Walk:
                 self._fault(
                     event, below, f"this key stands twice, first on line {self.lines[below]}; leave one of them"
                 )
-            value = self._value(next(self._events), below)
+            value = self._value(next(self.events), below)
             items.setdefault(name, value)
         return items
 
@@ -198,24 +182,32 @@ class _Walk:
             return event.value
         if _line(event.start_mark) != _line(event.end_mark):
             return self._fault(event, place, "found text over several lines; write it on one, or in quotes")
-        if objection := _objection(event.value):
-            return self._fault(event, place, f"found {event.value or 'nothing'}, {objection}")
-        return _meaning(event.value)
+        if reason := objection(event.value):
+            return self._fault(event, place, f"found {event.value or 'nothing'}, {reason}")
+        return meaning(event.value)
 
     def _fault(self, event: yaml.Event, place: str, text: str) -> None:
         self.faults.append(Fault(_line(event.start_mark), place, text))
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes whatever text would be refused or read as something else, and writes lists of plain values on one line."""
+class _Shower(yaml.SafeDumper):
+    """Quotes every text, and writes also what could not be read back, such as NaN."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
+class _Dumper(_Shower):
+    """Quotes whatever text would be refused or read as something else, and writes lists of plain values on one line."""
+
+
+def _quote(dumper: _Shower, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+
+
 def _write_text(dumper: _Dumper, text: str) -> yaml.Node:
-    is_plain = _objection(text) is None and _meaning(text) == text
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
+    is_plain = objection(text) is None and meaning(text) == text
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text) if is_plain else _quote(dumper, text)
 
 
 def _write_float(dumper: _Dumper, number: float) -> yaml.Node:
@@ -229,36 +221,10 @@ def _write_list(dumper: _Dumper, items: list[Any]) -> yaml.Node:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=is_flat)
 
 
+_Shower.add_representer(str, _quote)
 _Dumper.add_representer(str, _write_text)
 _Dumper.add_representer(float, _write_float)
 _Dumper.add_representer(list, _write_list)
-
-
-def _meaning(text: str) -> Any:
-    """The value of a plain word that nobody objects to."""
-    if text in _CONSTANTS:
-        return _CONSTANTS[text]
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    return float(text) if _FLOAT.fullmatch(text) else text
-
-
-def _objection(text: str) -> str | None:
-    """Why a plain word is not read in one way only, and what to write; None where it is."""
-    for pattern, objection in _OBJECTIONS:
-        if pattern.fullmatch(text):
-            return objection.format(text=text)
-    if _FLOAT.fullmatch(text):
-        return None if math.isfinite(float(text)) else "which is too large for a number; write a smaller one"
-    parts = _LIKE_A_NUMBER.fullmatch(text)
-    if not parts or _INTEGER.fullmatch(text):
-        return None
-    sign, whole, fraction, exponent_sign, exponent = (part or "" for part in parts.groups())
-    whole, fraction = whole.replace("_", "").lstrip("0") or "0", fraction.replace("_", "")
-    if "." not in text and not exponent:
-        return f'which not every reader takes for a number; write {sign}{whole}, or "{text}" in quotes'
-    power = f"e{exponent_sign or '+'}{exponent}" if exponent else ""
-    return f'which not every reader takes for a number; write {sign}{whole}.{fraction or "0"}{power}, or "{text}" in quotes'
 
 
 def _syntax_fault(text: str, error: yaml.YAMLError) -> Fault:

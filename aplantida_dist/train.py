@@ -10,7 +10,9 @@ import torch
 
 from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.compose import Request, Training, compose_across_ranks
-from aplantida_dist.config import Config, load_config, load_debug_config
+from aplantida_dist.config import Config
+from aplantida_dist.config_file import load_config
+from aplantida_dist.debug import load_debug_config
 from aplantida_dist.errors import UserError
 from aplantida_dist.trainer import train
 from aplantida_dist.world import open_world, told_once_a_node
@@ -36,7 +38,11 @@ def main() -> None:
     training = compose_across_ranks(config, world=world, request=request)
     if world.is_main:
         _announce(training, arguments.run_dir)
-    train(training.job, start_step=training.start_step, running=training.running)
+    try:
+        train(training.job, start_step=training.start_step, running=training.running)
+    except UserError as error:
+        training.job.record.fail(str(error))
+        raise
     training.job.record.finish()
     world.close()
     if world.is_main:

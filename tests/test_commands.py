@@ -82,6 +82,9 @@ def test_a_diverging_run_stops_before_it_records_or_saves_anything(
     assert [rank.code for rank in finished] == [2] * world_size
     (line,) = [line for rank in finished for line in rank.stderr.splitlines()]
     assert "lower optimizer.peak_lr" in line
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["phase"] == "failed"
+    assert "lower optimizer.peak_lr" in status["reason"]
     assert not (tmp_path / "run" / "history.jsonl").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 

@@ -151,6 +151,7 @@ def test_overrides_are_decoded_by_the_rules_of_the_file(tmp_path: Path) -> None:
         ("data.crop_ratio=2", "data.crop_ratio: found 2, expected a list"),
         ("schedule.warmup_epochs=5", "schedule.warmup_epochs: found 5, expected at most train.epochs, 4"),
         ("schedule.final_lr=0.1", "schedule.final_lr: found 0.1, expected at most optimizer.peak_lr, 0.001"),
+        ("optimizer.peak_lr=-1.0e-5", "optimizer.peak_lr: found -1.0e-05, expected greater than 0"),
         ("evaluation.every_epochs=5", "evaluation.every_epochs: found 5, expected at most train.epochs, 4"),
         ("evaluation.every_epochs=0", 'checkpoint.best_metric: found "val.top1", expected a metric of train'),
         ("checkpoint.best_metric=top1", 'checkpoint.best_metric: found "top1", expected train or val, a point, and'),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from aplantida_dist.strict_yaml import YamlError, dump_yaml, load_scalar, load_yaml, read_yaml
+from aplantida_dist.strict_yaml import YamlError, dump_yaml, load_scalar, load_yaml, read_yaml, show
 
 CORE_INTEGER = re.compile(r"[-+]?[0-9]+")
 CORE_OTHER_INTEGER = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
@@ -150,7 +150,7 @@ def test_every_fault_is_told_at_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["run #3", "#3", "[1, 2] # two", ""])
+@pytest.mark.parametrize("text", ["run #3", "#3", "[1, 2] # two", "'3'# three", ""])
 def test_a_value_that_stands_alone_loses_nothing(text: str) -> None:
     """What YAML would drop as a comment, and an empty value, are errors on the command line."""
     with pytest.raises(YamlError, match=r"^report\.name: (what follows the #|nothing is written)"):
@@ -194,6 +194,26 @@ def test_what_is_written_is_read_back() -> None:
     for _ in range(300):
         wanted = {"a": content(4), "b": content(4)}
         assert load_yaml(dump_yaml(wanted), source="test") == wanted
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        *[(1e-05, "1.0e-05"), (-1e22, "-1.0e+22"), (0.5, "0.5"), (3, "3"), (True, "true"), (None, "null")],
+        *[("val", '"val"'), ("on", '"on"'), ("", '""'), ("a: 'é'\n", "\"a: 'é'\\n\"")],
+        *[([1e-07, [2.0, "x"]], '[1.0e-07, [2.0, "x"]]'), ({"b": {}, "a": [0]}, '{"b": {}, "a": [0]}'), ([], "[]")],
+    ],
+)
+def test_what_a_message_shows_can_be_copied_back(value: Any, shown: str) -> None:
+    """A value is shown on one line in a spelling that is read as that value."""
+    assert show(value) == shown
+    assert load_scalar(shown, source="test") == value
+
+
+def test_what_a_message_shows_is_short() -> None:
+    """A long value is cut, and says so."""
+    assert show("a" * 58) == f'"{"a" * 58}"'
+    assert show("a" * 59) == f'"{"a" * 59}…'
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
