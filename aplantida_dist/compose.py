@@ -174,9 +174,7 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
     return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, digests)
 
 
-def _restore(
-    checkpoint: Checkpoint, *, world: World, model: nn.Module, optimizer: Any, running: Running
-) -> None:
+def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimizer: Any, running: Running) -> None:
     """Give optimizer, scaler and the running epoch what the checkpoint holds; its sums go on from the main process alone."""
     position = checkpoint.position
     unpack_optimizer(world.unwrap(model), optimizer.optimizer, checkpoint)
