@@ -22,7 +22,7 @@ from aplantida_dist.history import History
 from aplantida_dist.metrics import Totals
 from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
 from aplantida_dist.progress import open_progress
-from aplantida_dist.record import MainRecord, NullRecord, Provenance, Record
+from aplantida_dist.record import MainRecord, Provenance, Record
 from aplantida_dist.report import new_run_id, open_report
 from aplantida_dist.run_folder import checkpoints_dir, find_checkpoint, prepare_run_folder, require_same_run
 from aplantida_dist.schedule import Schedule
@@ -221,7 +221,7 @@ def _open_record(config: Config, ground: _Ground, *, world: World, request: Requ
     settings = (report.wandb, report.project, report.name, list(report.tags))
     keep_last, best_metric, best_mode = checkpoint.keep_last, checkpoint.best_metric, checkpoint.best_mode
     if not world.is_main:
-        return NullRecord()
+        return Record()
     run_id = new_run_id() if ground.checkpoint is None else ground.checkpoint.position.wandb_run_id
     history = History(request.run_dir)
     cut = history.cut_after(ground.start_step)

@@ -222,7 +222,7 @@ class ReportSection(Section):
 
 
 class Config(Section):
-    """Everything that a run is asked to do. Made by `load_config` and `parse_config`, which also hold what relates two fields."""
+    """Everything that a run is asked to do. Made by `load_config`, which also holds what relates two fields."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """From which all randomness is derived; 0 to 2^63 − 1."""
@@ -247,7 +247,7 @@ class Config(Section):
         return filled
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved config, every default filled in, as plain values; `parse_config` makes an equal Config of it."""
+        """The resolved config, every default filled in, as plain values; written as YAML, `load_config` makes an equal Config of it."""
         return self.model_dump(mode="json")
 
     @property
@@ -289,11 +289,7 @@ def flat(content: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def changed_fields(old: Config, new: Config) -> list[Change]:
-    """The fields that decide the numbers of a run and differ between two configs."""
-    return changes(old.law_fields(), new.law_fields())
-
-
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """What differs between the values of the same names."""
-    return [Change(name, old[name], new[name]) for name in old if old[name] != new[name]]
+    """What differs between two sets of named values; None stands for a name that one of them lacks."""
+    names = [*old, *(name for name in new if name not in old)]
+    return [Change(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]

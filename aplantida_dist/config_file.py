@@ -1,4 +1,4 @@
-"""Reading a config: a YAML file with dotted overrides over it, or plain values, and one error that tells every fault."""
+"""Reading a config: a YAML file with dotted overrides over it, and one error that tells every fault."""
 
 from __future__ import annotations
 
@@ -28,11 +28,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             content = _laid_over(content, name, value)
     origin = _Origin(str(path), document.lines, [name for name, _ in values])
     return _checked(content, origin, [*(Fault(fault.place, f"{path}: {fault}") for fault in document.faults), *faults])
-
-
-def parse_config(content: Any, *, source: str) -> Config:
-    """Check plain values against the schema; `source` says in errors where they are from."""
-    return _checked(content, _Origin(source, {}, []), [])
 
 
 @dataclass(frozen=True)

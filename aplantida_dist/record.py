@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ class EpochSoFar:
     skipped_steps: int
 
 
-class Record(Protocol):
-    """Every rank calls it at the same points; the main process writes, the others return at once. No call communicates."""
+class Record:
+    """What every rank calls at the same points. This is the other ranks' record: silence. No call communicates."""
 
     def tell(self, phase: Phase, *, epoch: int, step: int, **facts: Any) -> None:
         """Say what the run is doing now."""
@@ -70,39 +70,8 @@ class Record(Protocol):
         """Leave word of an error that ends the run."""
 
 
-class NullRecord:
-    """The record of every rank but the main process."""
-
-    def tell(self, phase: Phase, *, epoch: int, step: int, **facts: Any) -> None:
-        """Nothing."""
-
-    def advance(self, step: int, *, epoch: int, facts: dict[str, str]) -> None:
-        """Nothing."""
-
-    def append(self, row: Row) -> None:
-        """Nothing."""
-
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        step: int,
-        epoch: int,
-        so_far: EpochSoFar,
-        scaler: Mapping[str, Any],
-    ) -> None:
-        """Nothing."""
-
-    def finish(self) -> None:
-        """Nothing."""
-
-    def fail(self, reason: str) -> None:
-        """Nothing."""
-
-
 @dataclass(frozen=True)
-class MainRecord:
+class MainRecord(Record):
     """The files of a run folder, and the views of them. `best_metric` is a dotted name in a row, such as `val.top1`."""
 
     history: History

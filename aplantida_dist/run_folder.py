@@ -14,10 +14,12 @@ from aplantida_dist.checkpoint import (
     named_by,
     newest_sound_checkpoint,
 )
+from aplantida_dist.config import changes
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import write_whole
 from aplantida_dist.history import HISTORY_FILE
+from aplantida_dist.strict_yaml import show
 
 CONFIG_FILE = "config.yaml"
 
@@ -89,17 +91,15 @@ def require_same_run(
 ) -> None:
     """Raise RunFolderError unless the checkpoint's run and this one obey the same law; it names each field and both values."""
     load_class_map(run_dir / CLASSES_FILE).require_same(class_map, ours=str(run_dir), theirs="the dataset")
-    theirs = checkpoint.position.law_fields
-    ours = json.loads(json.dumps(law_fields))  # as the checkpoint holds them: JSON has no tuples
+    now = json.loads(json.dumps(law_fields))  # as the checkpoint holds them: JSON has no tuples
     changed = [
-        f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
+        f"{change.name} was {show(change.old)}, is {show(change.new)}"
+        for change in changes(checkpoint.position.law_fields, now)
     ]
-    for name in ("train_manifest", "val_manifest"):
-        before, now = checkpoint.position.digests.get(name), digests.get(name)
-        if before != now:
-            changed.append(f"{name} was {_short(before)}, is {_short(now)} (another dataset or --max-samples)")
+    for name in checkpoint.position.digests.keys() & digests.keys() & {"train_manifest", "val_manifest"}:
+        before, after = checkpoint.position.digests[name], digests[name]
+        if before != after:
+            changed.append(f"{name} was {_short(before)}, is {_short(after)} (another dataset or --max-samples)")
     if changed:
         raise RunFolderError(
             f"{checkpoint.path}: cannot go on, because what decides the numbers has changed: {'; '.join(changed)}; "
@@ -107,5 +107,6 @@ def require_same_run(
         )
 
 
-def _short(digest: str | None) -> str:
-    return "absent" if digest is None else digest[:12] + digest[64:]
+def _short(digest: str) -> str:
+    """The head of a sha256, and what a limited split adds to it."""
+    return digest[:12] + digest[64:]

@@ -14,6 +14,7 @@ from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.debug import load_debug_config
 from aplantida_dist.errors import UserError
+from aplantida_dist.strict_yaml import show
 from aplantida_dist.trainer import train
 from aplantida_dist.world import open_world, told_once_a_node
 
@@ -88,7 +89,7 @@ def _load(arguments: argparse.Namespace) -> Config:
         )
     config, changes = load_debug_config(arguments.config, arguments.overrides)
     for change in changes:
-        print(f"--debug: {change.name} = {change.new} (was {change.old})", flush=True)
+        print(f"--debug: {change.name} = {show(change.new)} (was {show(change.old)})", flush=True)
     return config
 
 

@@ -20,7 +20,7 @@ from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.stream import Batch, Reading
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.model import Normalize, build_model, build_optimizer, pixel_convention
-from aplantida_dist.record import NullRecord
+from aplantida_dist.record import Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.trainer import Job, Running, run_step
 from aplantida_dist.world import World
@@ -156,7 +156,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         train_transform=TrainTransform(load.image_size, (1.0, 1.0), (1.0, 1.0), 0.0, "bilinear"),
         evaluation_transform=EvaluationTransform(load.image_size, 1.0, "bilinear"),
         reading=Reading(0, 1, pin_memory=False),
-        record=NullRecord(),
+        record=Record(),
         digests={},
         num_classes=load.num_classes,
         seed=SEED,

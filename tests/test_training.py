@@ -15,7 +15,7 @@ from aplantida_dist.data.plan import Coordinates
 from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.loss import cross_entropy
 from aplantida_dist.metrics import Totals, compute
-from aplantida_dist.record import NullRecord
+from aplantida_dist.record import Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.trainer import Running, read_ahead, run_step
 from tests.ranks import command_on_ranks, run_ranks
@@ -109,7 +109,7 @@ def gradient_of_step(
         normalize=ToDouble(),
         schedule=Schedule("constant", 1.0, 1.0, 0, job.schedule.total_steps),
         clip_norm=None,
-        record=NullRecord(),
+        record=Record(),
     )
     run_step(job, read_ahead(job, step), Running(Totals(job.num_classes, job.world.device)), step)
     return [(old - new.detach()).numpy() for old, new in zip(before, model.parameters(), strict=True)]
