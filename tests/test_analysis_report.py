@@ -17,7 +17,8 @@ from PIL import Image
 import aplantida_dist
 from aplantida_dist import analyze
 from aplantida_dist.analysis.report import Report, write_report
-from aplantida_dist.errors import UserError, run_command
+from aplantida_dist.command import run_command
+from aplantida_dist.errors import UserError
 
 EVIL = '<script>alert("x")</script>&\'$\\frac$ 植物 \U0001f33f'
 
