@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState, GradientState
+
 FORK = multiprocessing.get_context("fork")
 TIME_LIMIT_S = 200.0
 
@@ -92,6 +94,9 @@ def _on_rank(
     sender: Connection, rank: int, world_size: int, port: int, act: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     os.environ.update(environment_of(rank, world_size, port))
+    # A test in this process may have opened a world of its own, which accelerate keeps in class attributes.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     try:
         sender.send(act(*arguments))
     except BaseException:

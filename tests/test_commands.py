@@ -51,7 +51,7 @@ def test_debug_mode_makes_a_teacher_small_and_says_what_it_changed(dataset_dir: 
     arguments += ["--run-dir", tmp_path / "run", f"data.dataset={dataset_dir}"]
     (finished,) = command_on_ranks(1, "aplantida_dist.train", arguments, tmp_path)
     assert finished.code == 0, finished.stderr
-    assert "--debug: model.name = test_vit (was vit_base_patch16_384)" in finished.stdout
+    assert '--debug: model.name = "test_vit" (was "vit_base_patch16_384")' in finished.stdout
     rows = rows_of(tmp_path / "run")
     assert [row["train"]["num_samples"] for row in rows] == [40, 40]
     (refused, _) = command_on_ranks(2, "aplantida_dist.train", arguments, tmp_path)
