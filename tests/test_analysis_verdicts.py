@@ -156,6 +156,16 @@ def test_a_small_debug_run_is_not_called_a_mismatch(tmp_path: Path) -> None:
     assert name in judged_run(tmp_path / "full", columns, num_classes=1000)
 
 
+def test_a_run_of_a_few_steps_is_not_called_a_mismatch(tmp_path: Path) -> None:
+    """A BatchNorm evaluates at chance for its first updates; the same curves over more of them are a mismatch."""
+    columns = healthy_columns(epochs=2, num_classes=5) | {"val_top1_acc": [20.0] * 2, "val_top5_acc": [100.0] * 2}
+    columns |= {"train_top1_acc": [40.0, 60.0], "train_top5_acc": [100.0] * 2}
+    name = "validation at chance while train learns"
+    few, many = ({i: {"step": i * a_epoch} for i in (1, 2)} for a_epoch in (3, 100))
+    assert name not in judged_run(tmp_path / "few", columns, changes=few, num_classes=5)
+    assert name in judged_run(tmp_path / "many", columns, changes=many, num_classes=5)
+
+
 @pytest.mark.parametrize("epoch", [0, 3, 7])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_top1_above_top5_is_found_in_one_epoch(tmp_path: Path, epoch: int, split: str) -> None:

@@ -25,6 +25,9 @@ IDLE_RATE = 0.01
 LEARNED = 0.2
 """Share of the way from chance to perfect that counts as having learned: far beyond what luck or a class prior gives."""
 
+SETTLED_STEPS = 50
+"""After so many updates the running statistics of a BatchNorm (momentum 0.1) hold less than 1 % of where they began."""
+
 UNSEEN = 0.05
 """Validation that comes less than this share of train's way is at chance. A small data set that over-fits keeps a quarter and more."""
 
@@ -77,11 +80,11 @@ def constant_val_loss(curves: Curves) -> Verdict | None:
 def val_at_chance(curves: Curves) -> Verdict | None:
     """Validation at chance while train learns: the class map of the two splits differs.
 
-    Needs both top-1 curves and two evaluated epochs (the running statistics of a BatchNorm may lag in the first). Silent for
-    runs with fewer train samples than classes: those cannot know most of what they are asked.
+    Needs both top-1 curves and two evaluated epochs. Silent for our own runs where they are too small to tell: fewer train
+    samples than classes cannot know most of what is asked, and a BatchNorm needs its updates before it evaluates well.
     """
     train, val = measured_top1(curves.train), measured_top1(curves.val)
-    if not train or len(val) < 2 or _fewer_samples_than_classes(curves):
+    if not train or len(val) < 2 or _too_small_to_tell(curves):
         return None
     chance = 1.0 / curves.num_classes if curves.num_classes else 0.0
     reached, seen = (
@@ -236,8 +239,11 @@ def _rate_was_up(curves: Curves, indices: Sequence[int]) -> bool:
     return any(rates.get(i, 0.0) > IDLE_RATE * max(rates.values()) for i in indices)
 
 
-def _fewer_samples_than_classes(curves: Curves) -> bool:
-    return bool(curves.rows and curves.num_classes and curves.rows[-1].train.expected_samples < curves.num_classes)
+def _too_small_to_tell(curves: Curves) -> bool:
+    if not curves.rows:
+        return False
+    last = curves.rows[-1]
+    return last.step < SETTLED_STEPS or last.train.expected_samples < (curves.num_classes or 0)
 
 
 def _level_of(loss: float, curves: Curves) -> str:
