@@ -26,9 +26,27 @@ def run(request: pytest.FixtureRequest, dataset_dir: Path, tmp_path_factory: pyt
 
 
 def evaluate(
-    run: Path, dataset_dir: Path, folder: Path, *, world_size: int, num_workers: int, split: str
+    run: Path,
+    dataset_dir: Path,
+    folder: Path,
+    *,
+    world_size: int,
+    num_workers: int,
+    split: str,
+    checkpoint: str = "best",
 ) -> tuple[dict[str, Any], bytes]:
-    arguments = ["--run", run, "--data", dataset_dir, "--split", split, "--json", folder / "metrics.json"]
+    arguments = [
+        "--run",
+        run,
+        "--data",
+        dataset_dir,
+        "--split",
+        split,
+        "--checkpoint",
+        checkpoint,
+        "--json",
+        folder / "metrics.json",
+    ]
     arguments += ["--predictions", folder / "predictions.jsonl", f"data.num_workers={num_workers}"]
     finished = command_on_ranks(world_size, "aplantida_dist.evaluate", arguments, folder)
     assert [rank.code for rank in finished] == [0] * world_size, "\n".join(rank.stderr for rank in finished)
@@ -74,3 +92,15 @@ def test_the_val_block_of_the_history_is_what_evaluate_finds(run: Path, dataset_
     """Training's own evaluation and the command agree to the last bit."""
     metrics, _ = evaluate(run, dataset_dir, tmp_path, world_size=2, num_workers=0, split="val")
     assert metrics == json.loads((run / "history.jsonl").read_text().splitlines()[0])["val"]
+
+
+def test_ranks_evaluate_with_the_main_process_s_buffers(dataset_dir: Path, tmp_path: Path) -> None:
+    """After a step every rank's BatchNorm has other statistics: two ranks must evaluate the one model that is saved."""
+    config = write_config(tmp_path / "config.yaml", dataset_dir, model="test_resnet", epochs=2)
+    finished = command_on_ranks(
+        2, "aplantida_dist.train", ["--config", config, "--run-dir", tmp_path / "run"], tmp_path
+    )
+    assert [rank.code for rank in finished] == [0, 0], finished[0].stderr
+    overrides = {"world_size": 1, "num_workers": 0, "split": "val"}
+    metrics, _ = evaluate(tmp_path / "run", dataset_dir, tmp_path, checkpoint="last", **overrides)
+    assert metrics == json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[-1])["val"]
