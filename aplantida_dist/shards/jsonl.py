@@ -12,7 +12,7 @@ from typing import Any
 from aplantida_dist.data.manifest import SPLITS
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
-from aplantida_dist.shards.licence import licence_of
+from aplantida_dist.shards.licence import Licence, licence_of
 from aplantida_dist.shards.lines import Line, LineError, read_lines
 from aplantida_dist.shards.record import LeftOut, Record
 from aplantida_dist.shards.source import SPLIT_OF_WORD, Source, text_of_name
@@ -50,16 +50,14 @@ def read_jsonl(records_path: Path, image_dir: Path) -> Source:
     tally = _Tally({}, set())
     name = text_of_name(records_path.name)
     for line in read_lines(records_path):
-        _text(line, "license")
-        class_name, split = _class_name_of(line, tally), _split_of(line, tally)
-        candidates = _candidates_of(line)
-        path = next((path for path in (f"{image_dir}/{inside}" for inside in candidates) if os.path.exists(path)), None)
+        class_name, split, licence = _class_name_of(line, tally), _split_of(line, tally), _licence_of(line)
+        places = _places_of(line)
+        path = next((path for path in (f"{image_dir}/{inside}" for inside in places) if os.path.exists(path)), None)
         source = f"{name}:{line.number}"
         if path is None:
-            missing.append(LeftOut(source, class_name, "missing", _what_is_missing(line.content, candidates)))
+            missing.append(LeftOut(source, class_name, "missing", _what_is_missing(line.content, places)))
         else:
-            metadata = _metadata_of(line.content)
-            records.append(Record(path, source, class_name, split, metadata, licence_of(line.content)))
+            records.append(Record(path, source, class_name, split, _metadata_of(line.content), licence))
     _require_one_kind(records_path, tally)
     return Source(
         name=name,
@@ -93,7 +91,11 @@ def _split_of(line: Line, tally: _Tally) -> str | None:
     return SPLIT_OF_WORD[word]
 
 
-def _candidates_of(line: Line) -> list[str]:
+def _licence_of(line: Line) -> Licence | None:
+    return licence_of({"license": _text(line, "license")})
+
+
+def _places_of(line: Line) -> list[str]:
     """Where in the folder the picture of a record may lie: at its `image_path`, else under the md5 of its `image_url`."""
     if image_path := _text(line, "image_path"):
         return [_inside(image_path, place=line.place)]
@@ -121,10 +123,10 @@ def _text(line: Line, field: str) -> str:
     return value or ""
 
 
-def _what_is_missing(content: dict[str, Any], candidates: list[str]) -> str:
+def _what_is_missing(content: dict[str, Any], places: list[str]) -> str:
     if content.get("image_path"):
-        return f"no {candidates[0]}"
-    return f"no {candidates[0]} (nor {', '.join(SUFFIXES[1:])}) of {content['image_url']}"
+        return f"no {places[0]}"
+    return f"no {places[0]} (nor {', '.join(SUFFIXES[1:])}) of {content['image_url']}"
 
 
 def _metadata_of(content: dict[str, Any]) -> bytes:
