@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -83,6 +84,18 @@ def test_what_grants_all_or_nothing_or_is_not_understood(name: str, texts: str) 
         assert licence.name == name, text
         assert licence.is_known == (name != "unknown")
         assert licence.allows_commercial == licence.allows_derivatives == (name in ("CC0", "public domain"))
+
+
+@pytest.mark.parametrize("words", ["nc", "-NC", "non-commercial", "(NonCommercial)", "no commercial use", "BY-NC"])
+@pytest.mark.parametrize("terms", ["BY", "BY-SA", "BY-ND"])
+def test_a_condition_anywhere_is_never_overlooked(terms: str, words: str) -> None:
+    """Put into any gap of any spelling, a word of non-commercial use leaves nothing that allows commercial use."""
+    for text in spellings(terms):
+        if "some rights reserved" in text:
+            continue
+        for gap in (found.start() for found in re.finditer(r"\b|$", text)):
+            changed = f"{text[:gap]} {words} {text[gap:]}"
+            assert not parse_licence(changed).allows_commercial, changed
 
 
 @pytest.mark.parametrize(
