@@ -13,6 +13,7 @@ from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.licence import parse_requirement
+from aplantida_dist.shards.placement import require_free_place
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.writer import ShardLimits
 
@@ -33,6 +34,8 @@ The picture of a URL lies in pictures as md5(url).jpg (.jpeg, .png, .webp), an i
 def main() -> None:
     options = _parser().parse_args()
     requirement = parse_requirement(options.require_license)
+    # Before the source is read: a million records take half a minute.
+    require_free_place(options.out, replace=options.replace)
     account = build_dataset(
         _read_source(options),
         options.out,
