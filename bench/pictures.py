@@ -9,7 +9,8 @@ from pathlib import Path
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.herbarium import draw_herbarium
 from aplantida_dist.herbarium.collection import METADATA_FILE
-from aplantida_dist.shards.builder import BuildOptions, build_from_folder
+from aplantida_dist.shards.builder import BuildOptions, build_dataset
+from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.writer import ShardLimits
 
 SEED = 0
@@ -44,5 +45,5 @@ def prepare_pictures(cache_dir: Path, *, num_pictures: int, width: int, height: 
     if not dataset_dir.exists():
         limits = ShardLimits(num_samples=-(-num_pictures // NUM_SHARDS))
         options = BuildOptions(seed=SEED, limits=limits, num_workers=0, replace=False)
-        build_from_folder(folder.parent, dataset_dir, options=options)
+        build_dataset(read_folder(folder.parent), dataset_dir, options=options)
     return Pictures(folder, open_dataset(dataset_dir).open_split("train"))

@@ -1,44 +1,79 @@
-"""Build a dataset: shards, indexes and manifests out of a folder of pictures."""
+"""Build a dataset: shards, indexes and manifests out of a folder of pictures, or out of records and their pictures."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
 from aplantida_dist.command import CommandParser, run_command
+from aplantida_dist.errors import UserError
 from aplantida_dist.shards.account import to_text
-from aplantida_dist.shards.builder import BuildOptions, build_from_folder
+from aplantida_dist.shards.builder import BuildOptions, build_dataset
+from aplantida_dist.shards.folder import read_folder
+from aplantida_dist.shards.jsonl import read_jsonl
+from aplantida_dist.shards.licence import parse_requirement
+from aplantida_dist.shards.placement import require_free_place
+from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.writer import ShardLimits
 
 EXAMPLE = """\
 example:
   python shards/build.py --from-folder my_pictures --out shards/mine
+  python shards/build.py --from-jsonl records.jsonl --image-dir pictures --require-license commercial --out shards/mine
 
 my_pictures holds one folder a class, or train/, val/ (or validation/) and test/ with one folder a class in each.
 A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept with each sample as KEY.json.
+
+records.jsonl holds one JSON object a line: `latin_name` (the class) and `image_url` or `image_path`; further plant_id, common_name,
+image_source, license, attribution, region, country, which are kept, and `split` (train, val, validation or test) in all lines or none.
+The picture of a URL lies in pictures as md5(url).jpg (.jpeg, .png, .webp), an image_path is relative to pictures.
 """
 
 
 def main() -> None:
     options = _parser().parse_args()
-    account = build_from_folder(
-        options.from_folder,
+    requirement = parse_requirement(options.require_license)
+    # Before the source is read: a million records take half a minute.
+    require_free_place(options.out, replace=options.replace)
+    account = build_dataset(
+        _read_source(options),
         options.out,
         options=BuildOptions(
             seed=options.seed,
             limits=ShardLimits(num_samples=options.shard_samples, num_bytes=options.shard_bytes),
             num_workers=options.workers,
             replace=options.replace,
+            licence=requirement,
         ),
     )
     print(to_text(account))
     print(f"report: {options.out / 'report.md'}")
 
 
+def _read_source(options: argparse.Namespace) -> Source:
+    if options.from_folder is not None:
+        if options.image_dir is not None:
+            raise UserError("--image-dir belongs to --from-jsonl; leave it out, or give records instead of a folder")
+        return read_folder(options.from_folder)
+    if options.image_dir is None:
+        raise UserError("--from-jsonl needs --image-dir, the folder of the pictures; see shards/build.py --help")
+    return read_jsonl(options.from_jsonl, options.image_dir)
+
+
 def _parser() -> CommandParser:
     limits = ShardLimits()
     parser = CommandParser(prog="shards/build.py", description=str(__doc__), example=EXAMPLE)
-    parser.add_argument("--from-folder", type=Path, required=True, metavar="DIR", help="the folder of pictures")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--from-folder", type=Path, metavar="DIR", help="the folder of pictures")
+    source.add_argument("--from-jsonl", type=Path, metavar="FILE", help="records of pictures, one JSON object a line")
+    parser.add_argument("--image-dir", type=Path, metavar="DIR", help="where the pictures of --from-jsonl lie")
+    parser.add_argument(
+        "--require-license",
+        default="any",
+        metavar="commercial|any|LIST",
+        help="leave out pictures under other licences; a LIST is as CC0,CC-BY,CC-BY-SA (default: any)",
+    )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DATASET", help="the folder to make; it must not exist"
     )

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from aplantida_dist.shards.account import Account
-from aplantida_dist.shards.builder import BuildOptions, build_from_folder
+from aplantida_dist.shards.builder import BuildOptions, build_dataset
+from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.writer import ShardLimits
 
 
@@ -50,7 +51,7 @@ def build(
 ) -> Account:
     """Build in this process."""
     options = BuildOptions(seed=seed, limits=limits or ShardLimits(), num_workers=num_workers, replace=replace)
-    return build_from_folder(folder, dataset_dir, options=options)
+    return build_dataset(read_folder(folder), dataset_dir, options=options)
 
 
 def digests_of(folder: Path) -> dict[str, str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import digest, read_json, write_json
@@ -38,7 +39,10 @@ class Shard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What one split holds. Totals are stated beside the shards and must agree with them."""
+    """What one split holds. Totals are stated beside the shards and must agree with them.
+
+    `licence` names the most restrictive licence inside; None where no sample states one, and then it is not written.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -49,6 +53,15 @@ class Manifest(BaseModel):
     identity_digest: str = Field(pattern=r"^[0-9a-f]{16}$")
     class_counts: dict[str, int]
     shards: tuple[Shard, ...] = Field(strict=False)
+    licence: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_licence(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Manifests from before licences were stated keep their bytes and their digest.
+        content: dict[str, Any] = serialize(self)
+        if self.licence is None:
+            del content["licence"]
+        return content
 
     @property
     def digest(self) -> str:
@@ -73,7 +86,9 @@ def identity_digest(identity_sum: int) -> str:
     return f"{identity_sum % 2**64:016x}"
 
 
-def make_manifest(*, split: str, class_map_digest: str, shards: tuple[Shard, ...], identity_sum: int) -> Manifest:
+def make_manifest(
+    *, split: str, class_map_digest: str, shards: tuple[Shard, ...], identity_sum: int, licence: str | None = None
+) -> Manifest:
     """Assemble a manifest; its totals are the sums over its shards."""
     class_counts: Counter[str] = Counter()
     for shard in shards:
@@ -86,6 +101,7 @@ def make_manifest(*, split: str, class_map_digest: str, shards: tuple[Shard, ...
         identity_digest=identity_digest(identity_sum),
         class_counts=dict(sorted(class_counts.items(), key=lambda item: int(item[0]))),
         shards=shards,
+        licence=licence,
     )
 
 

@@ -1,4 +1,4 @@
-"""The account of a build: every file that came in is a sample that was written or a file that was left out, by reason."""
+"""The account of a build: everything that came in is a sample that was written or was left out, by reason."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from aplantida_dist.data.manifest import Manifest
 from aplantida_dist.files import write_json, write_whole
-from aplantida_dist.shards.folder import MetadataUse
+from aplantida_dist.shards.licence import parse_licence
 from aplantida_dist.shards.record import MEANING_OF_REASON, LeftOut, Reason
+from aplantida_dist.shards.source import MetadataUse
 
 REPORT_FILES = ("report.json", "report.md")
 REPORT_VERSION = 1
@@ -21,16 +22,20 @@ LISTED_PER_REASON = 20
 class Account:
     """What a build did. Nothing in it depends on the clock, the machine, or where the folders lie.
 
-    `source_name` is the last part of the source's path. `classes_without_samples` had a folder, but nothing in it was usable.
+    `source_name` is the last part of the source's path. `num_files` is how many came in, of what `counted` says: files or records.
+    `classes_without_samples` stood in the source, but nothing of them was usable. `licence_counts` has the samples of each
+    licence, the most frequent first; it is empty where no sample states one.
     """
 
     source_name: str
+    counted: str
     seed: int
     num_files: int
     class_names: tuple[str, ...]
     classes_without_samples: tuple[str, ...]
     manifests: tuple[Manifest, ...]
     left_out: tuple[LeftOut, ...]
+    licence_counts: dict[str, int]
     metadata: MetadataUse | None
 
     @property
@@ -56,11 +61,15 @@ def to_json(account: Account) -> dict[str, Any]:
     return {
         "version": REPORT_VERSION,
         "source": account.source_name,
+        "counted": account.counted,
         "seed": account.seed,
         "num_files": account.num_files,
         "num_samples": account.num_samples,
         "num_left_out": len(account.left_out),
-        "splits": {manifest.split: _split_row(manifest) for manifest in account.manifests},
+        "splits": {
+            manifest.split: {**_split_row(manifest), "licence": manifest.licence} for manifest in account.manifests
+        },
+        "licence_counts": account.licence_counts,
         "left_out_by_reason": account.left_out_by_reason,
         "left_out": [asdict(left_out) for left_out in account.left_out],
         "classes_without_samples": account.classes_without_samples,
@@ -83,6 +92,7 @@ def to_text(account: Account) -> str:
     for reason, count in account.left_out_by_reason.items():
         if count:
             lines.append(f"left out {count:>6,}  {reason}: {MEANING_OF_REASON[reason]}")
+    lines += [f"licence  {count:>6,}  {name}{_forbids(name)}" for name, count in account.licence_counts.items()]
     lines.append(_sum_of(account))
     lines += _remarks(account)
     return "\n".join(lines)
@@ -98,7 +108,8 @@ def to_markdown(account: Account) -> str:
         lines.append(
             f"| {manifest.split} | {row['num_samples']:,} | {row['num_classes']:,} | {row['num_shards']:,} | {row['bytes'] / 1e6:,.1f} |"
         )
-    lines += ["", "## Left out", "", "| reason | files | what it means |", "|---|--:|---|"]
+    lines += _licence_table(account)
+    lines += ["", "## Left out", "", f"| reason | {account.counted} | what it means |", "|---|--:|---|"]
     lines += [
         f"| {reason} | {account.left_out_by_reason[reason]:,} | {text} |" for reason, text in MEANING_OF_REASON.items()
     ]
@@ -117,7 +128,7 @@ def _split_row(manifest: Manifest) -> dict[str, int]:
 
 
 def _sum_of(account: Account) -> str:
-    return f"{account.num_files:,} files = {account.num_samples:,} samples written + {len(account.left_out):,} left out"
+    return f"{account.num_files:,} {account.counted} = {account.num_samples:,} samples written + {len(account.left_out):,} left out"
 
 
 def _remarks(account: Account) -> list[str]:
@@ -126,7 +137,7 @@ def _remarks(account: Account) -> list[str]:
     if account.classes_without_samples:
         names = account.classes_without_samples
         shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-        remarks.append(f"{len(names):,} class folders hold nothing usable and are not in classes.json: {shown}")
+        remarks.append(f"{len(names):,} classes hold nothing usable and are not in classes.json: {shown}")
     use = account.metadata
     if use is not None and use.unmatched:
         number, image_path = use.unmatched[0]
@@ -138,6 +149,22 @@ def _remarks(account: Account) -> list[str]:
             f"{use.num_files_without_line:,} files have no metadata line; their KEY.json holds what the folder knew"
         )
     return remarks
+
+
+def _forbids(licence_name: str) -> str:
+    licence = parse_licence(licence_name)
+    allowed = {"commercial use": licence.allows_commercial, "derivatives": licence.allows_derivatives}
+    forbidden = [use for use, is_allowed in allowed.items() if not is_allowed]
+    return f" (no {', no '.join(forbidden)})" if forbidden else ""
+
+
+def _licence_table(account: Account) -> list[str]:
+    if not account.licence_counts:
+        return []
+    lines = ["", "## Licences", "", "| licence | samples |", "|---|--:|"]
+    lines += [f"| {name}{_forbids(name)} | {count:,} |" for name, count in account.licence_counts.items()]
+    stated = ", ".join(f"{manifest.split} {manifest.licence}" for manifest in account.manifests if manifest.licence)
+    return [*lines, "", f"The most restrictive inside: {stated}."]
 
 
 def _examples(account: Account) -> list[str]:

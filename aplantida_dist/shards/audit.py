@@ -144,8 +144,8 @@ def audit_picture(content: bytes) -> Picture | Fault:
 def drop_copies(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[LeftOut]]:
     """Keep one candidate of each picture, and none of a picture that stands under several classes.
 
-    Of equal pictures the copy in test stays before val before train, then the first by name; a dropped copy is a `leak` where
-    it stood in another split than the one that stays, else a `duplicate`. The result does not depend on the order of arrival.
+    Of equal pictures the copy in test stays before val before train, then the first that comes; a dropped copy is a `leak` where
+    it stood in another split than the one that stays, else a `duplicate`.
     """
     copies_of_key: defaultdict[str, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
@@ -165,8 +165,8 @@ def drop_copies(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[
     return kept, left_out
 
 
-def _preference(candidate: Candidate) -> tuple[int, str]:
-    return COPY_STAYS_IN.index(candidate.record.split), candidate.record.source
+def _preference(candidate: Candidate) -> int:
+    return COPY_STAYS_IN.index(candidate.record.split)
 
 
 def _left_out(candidate: Candidate, reason: Reason, detail: str) -> LeftOut:

@@ -1,8 +1,10 @@
-"""The builder: a folder of pictures becomes a dataset. The one file that puts source, audit, split, writer and account together."""
+"""The builder: a source of pictures becomes a dataset. The one file that puts source, audit, split, writer and account together."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,11 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 from aplantida_dist.shards.account import Account, save_account
 from aplantida_dist.shards.audit import Candidate, Fault, audit_files, drop_copies, sample_key_of
-from aplantida_dist.shards.folder import Folder, read_folder
+from aplantida_dist.shards.licence import ANY_LICENCE, UNKNOWN, Requirement, strictest
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_free_place
 from aplantida_dist.shards.record import LeftOut, Record
+from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.split import split_by_class
 from aplantida_dist.shards.writer import Sample, ShardLimits, write_split
 
@@ -33,46 +36,81 @@ class BuildOptions:
     limits: ShardLimits
     num_workers: int
     replace: bool
+    licence: Requirement = ANY_LICENCE
 
 
-def build_from_folder(folder_dir: Path, dataset_dir: Path, *, options: BuildOptions) -> Account:
-    """Build a dataset from a folder of classes, whole or not at all; returns the account of it.
+def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -> Account:
+    """Build a dataset from what a source lists, whole or not at all; returns the account of it.
 
     Two passes over the files: the first decodes and hashes each, the second writes those that stay. No picture is held
     between them, so memory grows by the names and the metadata only.
     """
-    folder_dir, dataset_dir = folder_dir.absolute(), dataset_dir.absolute()
-    _require_apart(folder_dir, dataset_dir)
+    dataset_dir = dataset_dir.absolute()
+    _require_apart(source.pictures_dir, dataset_dir)
     require_free_place(dataset_dir, replace=options.replace)
-    folder = read_folder(folder_dir)
-    if not folder.records:
-        raise BuildError(f"{folder_dir}: no class folder with a file in it; give one folder of pictures a class")
-    candidates, left_out = _audit(folder.records, num_workers=options.num_workers)
-    candidates_of_split = _assign_splits(candidates, folder=folder, seed=options.seed)
-    class_map = _class_map_of(candidates_of_split, folder, folder_dir=folder_dir)
+    if not source.records:
+        raise BuildError(_told_of_nothing(source))
+    licensed, unlicensed = _require_licence(source.records, options.licence)
+    candidates, unusable = _audit(licensed, num_workers=options.num_workers)
+    left_out = tuple(sorted((*source.outside, *unlicensed, *unusable), key=_natural_order))
+    of_split = _assign_splits(candidates, given=source.splits, seed=options.seed)
+    class_map = _class_map_of(of_split, source, left_out=left_out)
     with placed(dataset_dir, replace=options.replace) as partial_dir:
         class_map.save(partial_dir / CLASSES_FILE)
         account = Account(
-            source_name=folder_dir.name,
+            source_name=source.name,
+            counted=source.counted,
             seed=options.seed,
-            num_files=len(folder.records) + len(folder.outside),
+            num_files=len(source.records) + len(source.outside),
             class_names=class_map.class_names,
-            classes_without_samples=tuple(sorted(set(folder.class_names) - set(class_map.class_names))),
-            manifests=tuple(_write(candidates_of_split, partial_dir, class_map=class_map, options=options)),
-            left_out=tuple(sorted((*folder.outside, *left_out), key=lambda file: file.source)),
-            metadata=folder.metadata,
+            classes_without_samples=tuple(sorted(set(source.class_names) - set(class_map.class_names))),
+            manifests=tuple(_write(of_split, partial_dir, class_map=class_map, options=options)),
+            left_out=left_out,
+            licence_counts=_licence_counts_of(candidates),
+            metadata=source.metadata,
         )
         save_account(account, partial_dir)
     return account
 
 
-def _require_apart(folder_dir: Path, dataset_dir: Path) -> None:
+def _require_apart(pictures_dir: Path, dataset_dir: Path) -> None:
     """The dataset must not lie among the pictures, nor the pictures inside a dataset that a replacement would delete."""
-    source, out = folder_dir.resolve(), dataset_dir.resolve()
+    source, out = pictures_dir.resolve(), dataset_dir.resolve()
     if source == out or source in out.parents or out in source.parents:
         raise BuildError(
-            f"{dataset_dir}: lies inside {folder_dir}, or around it; choose an --out that is apart from the pictures"
+            f"{dataset_dir}: lies inside {pictures_dir}, or around it; choose an --out that is apart from the pictures"
         )
+
+
+def _told_of_nothing(source: Source) -> str:
+    if source.counted == "files":
+        return f"{source.pictures_dir}: no class folder with a file in it; give one folder of pictures a class"
+    example = f", first {source.outside[0].source}: {source.outside[0].detail}" if source.outside else ""
+    return (
+        f"{source.pictures_dir}: holds the picture of none of {len(source.outside)} records in {source.name}{example}; "
+        "give their folder as --image-dir"
+    )
+
+
+def _natural_order(left_out: LeftOut) -> list[str | int]:
+    """By name, figures by their value: line 9 before line 10."""
+    parts: list[str | int] = list(re.split(r"([0-9]+)", left_out.source))
+    parts[1::2] = map(int, parts[1::2])
+    return parts
+
+
+def _require_licence(records: Sequence[Record], requirement: Requirement) -> tuple[list[Record], list[LeftOut]]:
+    """The records whose licence is accepted, and those that are left out with the text that their source states."""
+    accepted: list[Record] = []
+    left_out: list[LeftOut] = []
+    for record in records:
+        if requirement.is_met_by(record.licence or UNKNOWN):
+            accepted.append(record)
+        else:
+            stated = json.loads(record.metadata).get("license")
+            detail = str(stated) if stated else "no licence is stated"
+            left_out.append(LeftOut(record.source, record.class_name, "licence", detail))
+    return accepted, left_out
 
 
 def _audit(records: Sequence[Record], *, num_workers: int) -> tuple[list[Candidate], list[LeftOut]]:
@@ -90,10 +128,17 @@ def _audit(records: Sequence[Record], *, num_workers: int) -> tuple[list[Candida
     return kept, left_out + copies
 
 
-def _assign_splits(candidates: Sequence[Candidate], *, folder: Folder, seed: int) -> dict[str, list[Candidate]]:
+def _licence_counts_of(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Samples of each licence, by its name; empty where no sample states one."""
+    licences = [candidate.record.licence for candidate in candidates]
+    counts = Counter((licence or UNKNOWN).name for licence in licences) if any(licences) else Counter[str]()
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _assign_splits(candidates: Sequence[Candidate], *, given: tuple[str, ...], seed: int) -> dict[str, list[Candidate]]:
     """The candidates of each split, in the order in which they will be written: by a digest, so that classes are mixed."""
     chosen: dict[str, str] = {}
-    if not folder.splits:
+    if not given:
         pairs = ((candidate.picture.sample_key, candidate.record.class_name) for candidate in candidates)
         chosen = split_by_class(pairs, seed=seed)
     of_split: defaultdict[str, list[Candidate]] = defaultdict(list)
@@ -104,18 +149,22 @@ def _assign_splits(candidates: Sequence[Candidate], *, folder: Folder, seed: int
     return {split: of_split[split] for split in SPLITS if split in of_split}
 
 
-def _class_map_of(of_split: dict[str, list[Candidate]], folder: Folder, *, folder_dir: Path) -> ClassMap:
+def _class_map_of(of_split: dict[str, list[Candidate]], source: Source, *, left_out: Sequence[LeftOut]) -> ClassMap:
     """The sorted names of the classes that train holds. BuildError where a split is empty or holds a class that train does not."""
-    empty = [split for split in ("train", *folder.splits) if not of_split.get(split)]
+    empty = [split for split in ("train", *source.splits) if not of_split.get(split)]
     if empty:
+        reasons = ", ".join(
+            f"{reason} {count:,}" for reason, count in Counter(one.reason for one in left_out).most_common()
+        )
         raise BuildError(
-            f"{folder_dir}: not one picture of {empty[0]} can be used; check the folder, and try one file with an image viewer"
+            f"{source.pictures_dir}: not one picture of {empty[0]} can be used (left out: {reasons or 'nothing'}); "
+            "check the source, and try one file with an image viewer"
         )
     classes = {split: {member.record.class_name for member in members} for split, members in of_split.items()}
     unknown = sorted(set().union(*classes.values()) - classes["train"])
     if unknown:
         raise BuildError(
-            f"{folder_dir}: no usable picture is left in train for {len(unknown)} classes of val or test ({', '.join(unknown[:10])}); "
+            f"{source.pictures_dir}: no usable picture is left in train for {len(unknown)} classes of val or test ({', '.join(unknown[:10])}); "
             "add train pictures of them that are in no other split, or remove these classes"
         )
     return ClassMap(tuple(sorted(classes["train"])))
@@ -126,12 +175,14 @@ def _write(
 ) -> Iterator[Manifest]:
     for split, members in of_split.items():
         samples = read_samples(members, class_map)
+        stated = [member.record.licence for member in members]
         yield write_split(
             with_pace(samples, total=len(members), doing=f"writing {split}"),
             dataset_dir / split,
             split=split,
             class_map_digest=class_map.digest,
             limits=options.limits,
+            licence=strictest(licence or UNKNOWN for licence in stated).name if any(stated) else None,
         )
 
 

@@ -12,39 +12,17 @@ from typing import Any
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
+from aplantida_dist.shards.licence import licence_of
+from aplantida_dist.shards.lines import read_lines
 from aplantida_dist.shards.record import LeftOut, Record
+from aplantida_dist.shards.source import SPLIT_OF_WORD, MetadataUse, Source, text_of_name
 
 METADATA_FILE = "metadata.jsonl"
-SPLIT_OF_FOLDER = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 HOW_TO_LAY_OUT = "give one folder a class, or train/, val/ and test/ with one folder a class in each"
 
 
 class FolderError(UserError):
     """A folder that is not laid out as classes of pictures, or metadata that cannot be read."""
-
-
-@dataclass(frozen=True)
-class MetadataUse:
-    """How the lines of metadata.jsonl met the files: `unmatched` are the (line number, image_path) that name no file."""
-
-    num_lines: int
-    unmatched: tuple[tuple[int, str], ...]
-    num_files_without_line: int
-
-
-@dataclass(frozen=True)
-class Folder:
-    """What a folder holds. Every file under it is one of `records` or one of `outside`, but for metadata.jsonl itself.
-
-    `splits` are the ones that the folder decides, empty where the builder is to split. `class_names` are all its class folders,
-    sorted, also those without a file. `metadata` is None where there is no metadata.jsonl.
-    """
-
-    records: tuple[Record, ...]
-    outside: tuple[LeftOut, ...]
-    splits: tuple[str, ...]
-    class_names: tuple[str, ...]
-    metadata: MetadataUse | None
 
 
 @dataclass(frozen=True)
@@ -55,12 +33,13 @@ class _ClassFolder:
     split: str | None
 
 
-def read_folder(folder_dir: Path) -> Folder:
+def read_folder(folder_dir: Path) -> Source:
     """List the pictures of a folder in an order that does not depend on the file system.
 
     Files deeper inside a class folder belong to that class; links are followed. Raises FolderError for a layout that is not
     understood, for a val or test class that train does not have, and for a malformed line of metadata.jsonl.
     """
+    folder_dir = folder_dir.absolute()
     if not folder_dir.is_dir():
         raise FolderError(f"{folder_dir}: no such folder; {HOW_TO_LAY_OUT}")
     class_folders, outside, splits = _read_layout(folder_dir)
@@ -74,9 +53,12 @@ def read_folder(folder_dir: Path) -> Folder:
             num_without += number_and_line is None
             known = json.loads(number_and_line[1]) if number_and_line else {}
             metadata = _metadata_of(known, source=source, class_name=folder.class_name)
-            records.append(Record(path, source, folder.class_name, folder.split, metadata))
+            records.append(Record(path, source, folder.class_name, folder.split, metadata, licence_of(known)))
     unmatched = tuple(sorted((number, image_path) for image_path, (number, _) in lines.items()))
-    return Folder(
+    return Source(
+        name=folder_dir.name,
+        pictures_dir=folder_dir,
+        counted="files",
         records=tuple(sorted(records, key=lambda record: record.source)),
         outside=tuple(LeftOut(source, None, "outside_classes", "") for source in outside),
         splits=splits,
@@ -89,7 +71,7 @@ def _read_layout(folder_dir: Path) -> tuple[list[_ClassFolder], list[str], tuple
     """The class folders, the files that lie in none, and the splits that the folder decides."""
     folders, files = _entries(str(folder_dir))
     outside = [name for name in files if name != METADATA_FILE]
-    split_folders = {name: path for name, path in folders.items() if name in SPLIT_OF_FOLDER}
+    split_folders = {name: path for name, path in folders.items() if name in SPLIT_OF_WORD}
     if not split_folders:
         return [_ClassFolder(path, name, name, None) for name, path in folders.items()], outside, ()
     _require_split_layout(folder_dir, folders)
@@ -98,14 +80,14 @@ def _read_layout(folder_dir: Path) -> tuple[list[_ClassFolder], list[str], tuple
         inner_folders, inner_files = _entries(path)
         outside += [f"{split_folder}/{name}" for name in inner_files]
         for name, inner_path in inner_folders.items():
-            source, split = f"{split_folder}/{name}", SPLIT_OF_FOLDER[split_folder]
+            source, split = f"{split_folder}/{name}", SPLIT_OF_WORD[split_folder]
             class_folders.append(_ClassFolder(inner_path, source, name, split))
-    splits = tuple(dict.fromkeys(SPLIT_OF_FOLDER.values()))
-    return class_folders, outside, tuple(s for s in splits if s in {SPLIT_OF_FOLDER[name] for name in split_folders})
+    splits = tuple(dict.fromkeys(SPLIT_OF_WORD.values()))
+    return class_folders, outside, tuple(s for s in splits if s in {SPLIT_OF_WORD[name] for name in split_folders})
 
 
 def _require_split_layout(folder_dir: Path, folders: dict[str, str]) -> None:
-    others = [name for name in folders if name not in SPLIT_OF_FOLDER]
+    others = [name for name in folders if name not in SPLIT_OF_WORD]
     if others:
         raise FolderError(
             f"{folder_dir}: has folders of splits and, beside them, {_some(others)}; {HOW_TO_LAY_OUT}, not both at once"
@@ -131,7 +113,7 @@ def _entries(folder: str) -> tuple[dict[str, str], list[str]]:
     """The (name → path) of the folders and the names of everything else inside, both in the order of their names."""
     try:
         with os.scandir(folder) as listing:
-            entries = sorted((_text(entry.name), entry.path, entry.is_dir()) for entry in listing)
+            entries = sorted((text_of_name(entry.name), entry.path, entry.is_dir()) for entry in listing)
     except OSError as error:
         raise FolderError(f"{folder}: cannot be listed: {error.strerror}; make it readable or remove it") from error
     folders = {name: path for name, path, is_dir in entries if is_dir}
@@ -146,7 +128,7 @@ def _files_below(folder: str, source: str, *, ancestors: tuple[str, ...]) -> Ite
     with_this = (*ancestors, real)
     try:
         with os.scandir(folder) as listing:
-            entries = [(entry.path, f"{source}/{_text(entry.name)}", entry.is_dir()) for entry in listing]
+            entries = [(entry.path, f"{source}/{text_of_name(entry.name)}", entry.is_dir()) for entry in listing]
     except OSError as error:
         raise FolderError(f"{folder}: cannot be listed: {error.strerror}; make it readable or remove it") from error
     for path, entry_source, is_dir in entries:
@@ -161,28 +143,17 @@ def _read_metadata(path: Path) -> dict[str, tuple[int, bytes]]:
     lines: dict[str, tuple[int, bytes]] = {}
     if not path.exists():
         return lines
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            image_path = posixpath.normpath(_parsed_line(line, place=f"{path}: line {number}")["image_path"])
-            if image_path in lines:
-                raise FolderError(
-                    f"{path}: lines {lines[image_path][0]} and {number} both describe {image_path}; keep one"
-                )
-            lines[image_path] = (number, line)
+    for line in read_lines(path):
+        stated = line.content.get("image_path")
+        if not isinstance(stated, str):
+            raise FolderError(f"{line.place}: expected the text 'image_path'; correct the line or remove it")
+        image_path = posixpath.normpath(stated)
+        if image_path in lines:
+            raise FolderError(
+                f"{path}: lines {lines[image_path][0]} and {line.number} both describe {image_path}; keep one"
+            )
+        lines[image_path] = (line.number, line.raw)
     return lines
-
-
-def _parsed_line(line: bytes, *, place: str) -> dict[str, Any]:
-    try:
-        content = json.loads(line)
-        canonical_json(content)
-    except (ValueError, RecursionError) as error:
-        raise FolderError(f"{place}: is not JSON: {error}; correct the line or remove it") from None
-    if not isinstance(content, dict) or not isinstance(content.get("image_path"), str):
-        raise FolderError(f"{place}: expected an object with the text 'image_path'; correct the line or remove it")
-    return content
 
 
 def _metadata_of(known: dict[str, Any], *, source: str, class_name: str) -> bytes:
@@ -190,11 +161,6 @@ def _metadata_of(known: dict[str, Any], *, source: str, class_name: str) -> byte
     content = {"latin_name": class_name, "image_source": source, **known}
     content.pop("image_path", None)
     return canonical_json(content)
-
-
-def _text(name: str) -> str:
-    """A file name as UTF-8 text, the same under every locale; bytes that are not UTF-8 are written as \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _some(names: list[str]) -> str:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from aplantida_dist.shards.licence import Licence
+
 Reason = Literal[
     "outside_classes",
+    "missing",
+    "licence",
     "unreadable",
     "not_a_picture",
     "other_format",
@@ -19,6 +23,8 @@ Reason = Literal[
 
 MEANING_OF_REASON: dict[Reason, str] = {
     "outside_classes": "lies in no class folder",
+    "missing": "the picture of the record is not in the image folder",
+    "licence": "under a licence that was not asked for",
     "unreadable": "could not be read",
     "not_a_picture": "holds nothing that is known as a picture",
     "other_format": "a picture, but neither JPEG, PNG nor WebP",
@@ -35,8 +41,9 @@ MEANING_OF_REASON: dict[Reason, str] = {
 class Record:
     """One picture file as its source describes it.
 
-    `path` opens the file; `source` names it in reports: relative, '/' between its parts, valid UTF-8. `split` is None where the
-    builder is to decide. `metadata` is the canonical JSON that becomes KEY.json: bytes, since a million dictionaries are 1 GB.
+    `path` opens the file; `source` names it in reports: a relative path with '/' between its parts, or FILE:LINE; valid UTF-8.
+    `split` is None where the builder is to decide. `metadata` is the canonical JSON that becomes KEY.json: bytes, since a
+    million dictionaries are 1 GB. `licence` is None where the source states none.
     """
 
     path: str
@@ -44,11 +51,12 @@ class Record:
     class_name: str
     split: str | None
     metadata: bytes
+    licence: Licence | None
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """One file that did not become a sample. `detail` says what was found; `class_name` is None outside the class folders."""
+    """One file or record that did not become a sample. `detail` says what was found; `class_name` is None outside the class folders."""
 
     source: str
     class_name: str | None

@@ -52,7 +52,13 @@ class ShardLimits:
 
 
 def write_split(
-    samples: Iterable[Sample], split_dir: Path, *, split: str, class_map_digest: str, limits: ShardLimits
+    samples: Iterable[Sample],
+    split_dir: Path,
+    *,
+    split: str,
+    class_map_digest: str,
+    limits: ShardLimits,
+    licence: str | None = None,
 ) -> Manifest:
     """Write the samples of a split, in the order in which they come, into a new folder; returns its manifest.
 
@@ -82,7 +88,11 @@ def write_split(
         if open_shard is not None:
             open_shard.abandon()
     manifest = make_manifest(
-        split=split, class_map_digest=class_map_digest, shards=tuple(shards), identity_sum=identity_sum
+        split=split,
+        class_map_digest=class_map_digest,
+        shards=tuple(shards),
+        identity_sum=identity_sum,
+        licence=licence,
     )
     save_manifest(manifest, split_dir)
     return manifest

@@ -1,0 +1,142 @@
+"""Records of pictures as a source: one JSON object a line, and a folder where the picture of a URL lies as md5(url).jpg."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from aplantida_dist.data.manifest import SPLITS
+from aplantida_dist.errors import UserError
+from aplantida_dist.files import canonical_json
+from aplantida_dist.shards.licence import Licence, licence_of
+from aplantida_dist.shards.lines import Line, LineError, read_lines
+from aplantida_dist.shards.record import LeftOut, Record
+from aplantida_dist.shards.source import SPLIT_OF_WORD, Source, text_of_name
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+"""What the picture of a URL may end in, in the order in which they are tried; what it holds is read from its bytes."""
+
+
+class RecordsError(UserError):
+    """Records that cannot be put together with their pictures."""
+
+
+@dataclass
+class _Tally:
+    """What is counted while the records stream by: those that carry a split, and those that do not."""
+
+    class_names: dict[str, str]
+    splits: set[str]
+    num_with_split: int = 0
+    num_without_split: int = 0
+
+
+def read_jsonl(records_path: Path, image_dir: Path) -> Source:
+    """List the pictures of a file of records, in its order; each record becomes one of `records` or is `missing`.
+
+    A record is named FILE:LINE, its class is its `latin_name` (runs of white space are one blank). One line is parsed at a
+    time, and of each only the canonical JSON stays. Raises LineError for a line that is malformed or whose picture would lie
+    outside `image_dir`, RecordsError where only some of the records carry a `split`.
+    """
+    image_dir = image_dir.absolute()
+    if not image_dir.is_dir():
+        raise RecordsError(f"{image_dir}: no such folder; give the folder of the pictures as --image-dir")
+    records: list[Record] = []
+    missing: list[LeftOut] = []
+    tally = _Tally({}, set())
+    name = text_of_name(records_path.name)
+    for line in read_lines(records_path):
+        class_name, split, licence = _class_name_of(line, tally), _split_of(line, tally), _licence_of(line)
+        places = _places_of(line)
+        path = next((path for path in (f"{image_dir}/{inside}" for inside in places) if os.path.exists(path)), None)
+        source = f"{name}:{line.number}"
+        if path is None:
+            missing.append(LeftOut(source, class_name, "missing", _what_is_missing(line.content, places)))
+        else:
+            records.append(Record(path, source, class_name, split, _metadata_of(line.content), licence))
+    _require_one_kind(records_path, tally)
+    return Source(
+        name=name,
+        pictures_dir=image_dir,
+        counted="records",
+        records=tuple(records),
+        outside=tuple(missing),
+        splits=tuple(split for split in SPLITS if split in tally.splits),
+        class_names=tuple(sorted(tally.class_names)),
+        metadata=None,
+    )
+
+
+def _class_name_of(line: Line, tally: _Tally) -> str:
+    """The class of a record: one text in memory for all its records."""
+    class_name = unicodedata.normalize("NFC", " ".join(_text(line, "latin_name").split()))
+    if not class_name:
+        raise LineError(f"{line.place}: no 'latin_name', which is the class; correct the line or remove it")
+    return tally.class_names.setdefault(class_name, class_name)
+
+
+def _split_of(line: Line, tally: _Tally) -> str | None:
+    word = line.content.get("split")
+    if word is None:
+        tally.num_without_split += 1
+        return None
+    if not isinstance(word, str) or word not in SPLIT_OF_WORD:
+        raise LineError(f"{line.place}: split {word!r}, expected one of {', '.join(SPLIT_OF_WORD)}; correct the line")
+    tally.num_with_split += 1
+    tally.splits.add(SPLIT_OF_WORD[word])
+    return SPLIT_OF_WORD[word]
+
+
+def _licence_of(line: Line) -> Licence | None:
+    return licence_of({"license": _text(line, "license")})
+
+
+def _places_of(line: Line) -> list[str]:
+    """Where in the folder the picture of a record may lie: at its `image_path`, else under the md5 of its `image_url`."""
+    if image_path := _text(line, "image_path"):
+        return [_inside(image_path, place=line.place)]
+    if image_url := _text(line, "image_url"):
+        stem = hashlib.md5(image_url.encode(), usedforsecurity=False).hexdigest()
+        return [stem + suffix for suffix in SUFFIXES]
+    raise LineError(f"{line.place}: neither 'image_url' nor 'image_path'; correct the line or remove it")
+
+
+def _inside(image_path: str, *, place: str) -> str:
+    """The path as it is, once it is sure not to lead out of the folder."""
+    path = PurePosixPath(image_path)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in image_path:
+        raise LineError(
+            f"{place}: image_path {image_path!r} does not name a file inside the image folder; give it relative to --image-dir, without '..'"
+        )
+    return str(path)
+
+
+def _text(line: Line, field: str) -> str:
+    """A field that is text; empty where the record has none."""
+    value = line.content.get(field)
+    if value is not None and not isinstance(value, str):
+        raise LineError(f"{line.place}: {field!r} is {value!r}, expected text; correct the line or remove it")
+    return value or ""
+
+
+def _what_is_missing(content: dict[str, Any], places: list[str]) -> str:
+    if content.get("image_path"):
+        return f"no {places[0]}"
+    return f"no {places[0]} (nor {', '.join(SUFFIXES[1:])}) of {content['image_url']}"
+
+
+def _metadata_of(content: dict[str, Any]) -> bytes:
+    """What KEY.json will hold: the record, without where its picture lay here and the split that it was put in."""
+    return canonical_json({field: value for field, value in content.items() if field not in ("image_path", "split")})
+
+
+def _require_one_kind(records_path: Path, tally: _Tally) -> None:
+    if tally.num_with_split and tally.num_without_split:
+        raise RecordsError(
+            f"{records_path}: {tally.num_with_split:,} records carry a split and {tally.num_without_split:,} do not; "
+            "give every record its 'split', or none"
+        )
