@@ -29,6 +29,7 @@ def main() -> None:
             limits=ShardLimits(num_samples=options.shard_samples, num_bytes=options.shard_bytes),
             num_workers=options.workers,
             replace=options.replace,
+            keep_splits_of=options.keep_splits,
         ),
     )
     print(to_text(account))
@@ -45,6 +46,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--replace", action="store_true", help="replace a dataset that stands at --out")
     parser.add_argument(
         "--seed", type=int, default=0, help="decides the split and the order in the shards (default: 0)"
+    )
+    parser.add_argument(
+        "--keep-splits",
+        type=Path,
+        metavar="DATASET",
+        help="an earlier dataset: each photograph of it stays in its split, whatever the seed",
     )
     parser.add_argument(
         "--shard-samples",

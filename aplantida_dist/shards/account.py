@@ -18,6 +18,14 @@ LISTED_PER_REASON = 20
 
 
 @dataclass(frozen=True)
+class SplitsUse:
+    """How the photographs of an earlier dataset met those of this one: `num_gone` are not among its samples any more."""
+
+    num_kept: int
+    num_gone: int
+
+
+@dataclass(frozen=True)
 class Account:
     """What a build did. Nothing in it depends on the clock, the machine, or where the folders lie.
 
@@ -32,6 +40,7 @@ class Account:
     manifests: tuple[Manifest, ...]
     left_out: tuple[LeftOut, ...]
     metadata: MetadataUse | None
+    kept_splits: SplitsUse | None
 
     @property
     def num_samples(self) -> int:
@@ -69,6 +78,7 @@ def to_json(account: Account) -> dict[str, Any]:
             for label, name in enumerate(account.class_names)
         },
         "metadata": None if account.metadata is None else asdict(account.metadata),
+        "kept_splits": None if account.kept_splits is None else asdict(account.kept_splits),
     }
 
 
@@ -127,6 +137,11 @@ def _remarks(account: Account) -> list[str]:
         names = account.classes_without_samples
         shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
         remarks.append(f"{len(names):,} class folders hold nothing usable and are not in classes.json: {shown}")
+    if account.kept_splits is not None:
+        kept = account.kept_splits
+        remarks.append(
+            f"{kept.num_kept:,} photographs keep the split of the earlier dataset, {kept.num_gone:,} of it are no longer here"
+        )
     use = account.metadata
     if use is not None and use.unmatched:
         number, image_path = use.unmatched[0]

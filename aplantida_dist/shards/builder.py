@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap
 from aplantida_dist.data.manifest import SPLITS, Manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
-from aplantida_dist.shards.account import Account, save_account
+from aplantida_dist.shards.account import Account, SplitsUse, save_account
 from aplantida_dist.shards.audit import Candidate, Fault, audit_files, drop_copies, sample_key_of
+from aplantida_dist.shards.earlier import read_splits
 from aplantida_dist.shards.folder import Folder, read_folder
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_free_place
@@ -27,12 +28,16 @@ class BuildError(UserError):
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build. `num_workers` processes decode (0: this one); the dataset's bytes do not depend on them."""
+    """How to build. `num_workers` processes decode (0: this one); the dataset's bytes do not depend on them.
+
+    `keep_splits_of` is an earlier dataset whose photographs keep their split.
+    """
 
     seed: int
     limits: ShardLimits
     num_workers: int
     replace: bool
+    keep_splits_of: Path | None = None
 
 
 def build_from_folder(folder_dir: Path, dataset_dir: Path, *, options: BuildOptions) -> Account:
@@ -47,8 +52,9 @@ def build_from_folder(folder_dir: Path, dataset_dir: Path, *, options: BuildOpti
     folder = read_folder(folder_dir)
     if not folder.records:
         raise BuildError(f"{folder_dir}: no class folder with a file in it; give one folder of pictures a class")
+    kept = _read_kept_splits(folder, options=options)
     candidates, left_out = _audit(folder.records, num_workers=options.num_workers)
-    candidates_of_split = _assign_splits(candidates, folder=folder, seed=options.seed)
+    candidates_of_split = _assign_splits(candidates, folder=folder, kept=kept, seed=options.seed)
     class_map = _class_map_of(candidates_of_split, folder, folder_dir=folder_dir)
     with placed(dataset_dir, replace=options.replace) as partial_dir:
         class_map.save(partial_dir / CLASSES_FILE)
@@ -61,6 +67,7 @@ def build_from_folder(folder_dir: Path, dataset_dir: Path, *, options: BuildOpti
             manifests=tuple(_write(candidates_of_split, partial_dir, class_map=class_map, options=options)),
             left_out=tuple(sorted((*folder.outside, *left_out), key=lambda file: file.source)),
             metadata=folder.metadata,
+            kept_splits=None if options.keep_splits_of is None else _use_of_splits(kept, candidates),
         )
         save_account(account, partial_dir)
     return account
@@ -73,6 +80,23 @@ def _require_apart(folder_dir: Path, dataset_dir: Path) -> None:
         raise BuildError(
             f"{dataset_dir}: lies inside {folder_dir}, or around it; choose an --out that is apart from the pictures"
         )
+
+
+def _read_kept_splits(folder: Folder, *, options: BuildOptions) -> dict[str, str]:
+    """The sample key → split of the earlier dataset, empty where none is kept."""
+    if options.keep_splits_of is None:
+        return {}
+    if folder.splits:
+        raise BuildError(
+            f"{options.keep_splits_of}: its splits cannot be kept, since the folder of pictures decides them itself; "
+            "leave out --keep-splits, or give one folder a class"
+        )
+    return read_splits(options.keep_splits_of)
+
+
+def _use_of_splits(kept: Mapping[str, str], candidates: Sequence[Candidate]) -> SplitsUse:
+    num_kept = sum(candidate.picture.sample_key in kept for candidate in candidates)
+    return SplitsUse(num_kept=num_kept, num_gone=len(kept) - num_kept)
 
 
 def _audit(records: Sequence[Record], *, num_workers: int) -> tuple[list[Candidate], list[LeftOut]]:
@@ -90,12 +114,14 @@ def _audit(records: Sequence[Record], *, num_workers: int) -> tuple[list[Candida
     return kept, left_out + copies
 
 
-def _assign_splits(candidates: Sequence[Candidate], *, folder: Folder, seed: int) -> dict[str, list[Candidate]]:
+def _assign_splits(
+    candidates: Sequence[Candidate], *, folder: Folder, kept: Mapping[str, str], seed: int
+) -> dict[str, list[Candidate]]:
     """The candidates of each split, in the order in which they will be written: by a digest, so that classes are mixed."""
     chosen: dict[str, str] = {}
     if not folder.splits:
         pairs = ((candidate.picture.sample_key, candidate.record.class_name) for candidate in candidates)
-        chosen = split_by_class(pairs, seed=seed)
+        chosen = split_by_class(pairs, seed=seed, kept=kept)
     of_split: defaultdict[str, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         of_split[candidate.record.split or chosen[candidate.picture.sample_key]].append(candidate)
