@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from aplantida_dist.command import CommandParser, run_command
 from aplantida_dist.shards.account import to_text
 from aplantida_dist.shards.builder import BuildOptions, build_from_folder
+from aplantida_dist.shards.groups import MAX_DISTANCE
 from aplantida_dist.shards.writer import ShardLimits
 
 EXAMPLE = """\
@@ -30,6 +32,7 @@ def main() -> None:
             num_workers=options.workers,
             replace=options.replace,
             keep_splits_of=options.keep_splits,
+            near_distance=options.near_duplicates,
         ),
     )
     print(to_text(account))
@@ -54,6 +57,13 @@ def _parser() -> CommandParser:
         help="an earlier dataset: each photograph of it stays in its split, whatever the seed",
     )
     parser.add_argument(
+        "--near-duplicates",
+        type=_distance_or_off,
+        default="2",
+        metavar="DISTANCE|off",
+        help=f"pictures whose 64-bit looks differ in at most so many bits stay in one split, 0 to {MAX_DISTANCE} (default: 2)",
+    )
+    parser.add_argument(
         "--shard-samples",
         type=int,
         default=limits.num_samples,
@@ -72,6 +82,14 @@ def _parser() -> CommandParser:
         help="processes that decode, 0 for none beside this one; they do not change the result (default: all cores)",
     )
     return parser
+
+
+def _distance_or_off(text: str) -> int | None:
+    if text == "off":
+        return None
+    if text.isascii() and text.isdigit() and int(text) <= MAX_DISTANCE:
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is no distance; give 0 to {MAX_DISTANCE}, or off")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def build(
     replace: bool = False,
     limits: ShardLimits | None = None,
     keep_splits_of: Path | None = None,
+    near_distance: int | None = 2,
 ) -> Account:
     """Build in this process."""
     options = BuildOptions(
@@ -56,6 +57,7 @@ def build(
         num_workers=num_workers,
         replace=replace,
         keep_splits_of=keep_splits_of,
+        near_distance=near_distance,
     )
     return build_from_folder(folder, dataset_dir, options=options)
 

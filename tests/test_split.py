@@ -49,7 +49,7 @@ def test_no_split_that_a_class_can_fill_is_empty(num_photographs: int) -> None:
 
 
 def test_shares_are_80_10_10() -> None:
-    """Over 20,000 photographs of one class , and over classes of 30, each share is within a percentage point."""
+    """Over 20,000 photographs of one class, and over classes of 30, each share is within a percentage point."""
     for class_size in (30, 20_000):
         pairs = [(key, str(index // class_size)) for index, key in enumerate(keys_drawn(20_000, seed=class_size))]
         counts = Counter(split_by_class(pairs, seed=0).values())

@@ -26,6 +26,16 @@ class SplitsUse:
 
 
 @dataclass(frozen=True)
+class GroupsUse:
+    """The groups of photographs whose looks differ in at most `distance` bits; `disagreeing` are the sources of those under several classes."""
+
+    distance: int
+    num_groups: int
+    num_photographs: int
+    disagreeing: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Account:
     """What a build did. Nothing in it depends on the clock, the machine, or where the folders lie.
 
@@ -41,6 +51,7 @@ class Account:
     left_out: tuple[LeftOut, ...]
     metadata: MetadataUse | None
     kept_splits: SplitsUse | None
+    groups: GroupsUse | None
 
     @property
     def num_samples(self) -> int:
@@ -79,6 +90,7 @@ def to_json(account: Account) -> dict[str, Any]:
         },
         "metadata": None if account.metadata is None else asdict(account.metadata),
         "kept_splits": None if account.kept_splits is None else asdict(account.kept_splits),
+        "groups": None if account.groups is None else asdict(account.groups),
     }
 
 
@@ -142,6 +154,15 @@ def _remarks(account: Account) -> list[str]:
         remarks.append(
             f"{kept.num_kept:,} photographs keep the split of the earlier dataset, {kept.num_gone:,} of it are no longer here"
         )
+    if account.groups is not None and account.groups.num_groups:
+        groups = account.groups
+        remarks.append(
+            f"{groups.num_photographs:,} photographs form {groups.num_groups:,} groups of nearly the same look, none of which spans two splits"
+        )
+        if groups.disagreeing:
+            remarks.append(
+                f"{len(groups.disagreeing):,} of these groups stand under several classes, listed in report.json, first {', '.join(groups.disagreeing[0][:10])}"
+            )
     use = account.metadata
     if use is not None and use.unmatched:
         number, image_path = use.unmatched[0]

@@ -11,14 +11,14 @@ from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap
 from aplantida_dist.data.manifest import SPLITS, Manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
-from aplantida_dist.shards.account import Account, SplitsUse, save_account
+from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse, save_account
 from aplantida_dist.shards.audit import Candidate, Fault, audit_files, drop_copies, sample_key_of
 from aplantida_dist.shards.earlier import read_splits
 from aplantida_dist.shards.folder import Folder, read_folder
+from aplantida_dist.shards.groups import Group, find_groups, leave_out_leaks, split_by_group
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_free_place
 from aplantida_dist.shards.record import LeftOut, Record
-from aplantida_dist.shards.split import split_by_class
 from aplantida_dist.shards.writer import Sample, ShardLimits, write_split
 
 
@@ -30,7 +30,8 @@ class BuildError(UserError):
 class BuildOptions:
     """How to build. `num_workers` processes decode (0: this one); the dataset's bytes do not depend on them.
 
-    `keep_splits_of` is an earlier dataset whose photographs keep their split.
+    `keep_splits_of` is an earlier dataset whose photographs keep their split. Pictures whose looks differ in at most
+    `near_distance` bits form a group, which stays in one split; None looks for no groups.
     """
 
     seed: int
@@ -38,6 +39,7 @@ class BuildOptions:
     num_workers: int
     replace: bool
     keep_splits_of: Path | None = None
+    near_distance: int | None = None
 
 
 def build_from_folder(folder_dir: Path, dataset_dir: Path, *, options: BuildOptions) -> Account:
@@ -53,8 +55,10 @@ def build_from_folder(folder_dir: Path, dataset_dir: Path, *, options: BuildOpti
     if not folder.records:
         raise BuildError(f"{folder_dir}: no class folder with a file in it; give one folder of pictures a class")
     kept = _read_kept_splits(folder, options=options)
-    candidates, left_out = _audit(folder.records, num_workers=options.num_workers)
-    candidates_of_split = _assign_splits(candidates, folder=folder, kept=kept, seed=options.seed)
+    candidates, left_out = _audit(folder.records, options=options)
+    groups = () if options.near_distance is None else find_groups(candidates, distance=options.near_distance)
+    candidates, leaks = leave_out_leaks(candidates, groups=groups, kept=kept)
+    candidates_of_split = _assign_splits(candidates, folder=folder, groups=groups, kept=kept, seed=options.seed)
     class_map = _class_map_of(candidates_of_split, folder, folder_dir=folder_dir)
     with placed(dataset_dir, replace=options.replace) as partial_dir:
         class_map.save(partial_dir / CLASSES_FILE)
@@ -65,9 +69,10 @@ def build_from_folder(folder_dir: Path, dataset_dir: Path, *, options: BuildOpti
             class_names=class_map.class_names,
             classes_without_samples=tuple(sorted(set(folder.class_names) - set(class_map.class_names))),
             manifests=tuple(_write(candidates_of_split, partial_dir, class_map=class_map, options=options)),
-            left_out=tuple(sorted((*folder.outside, *left_out), key=lambda file: file.source)),
+            left_out=tuple(sorted((*folder.outside, *left_out, *leaks), key=lambda file: file.source)),
             metadata=folder.metadata,
             kept_splits=None if options.keep_splits_of is None else _use_of_splits(kept, candidates),
+            groups=None if options.near_distance is None else _use_of_groups(groups, distance=options.near_distance),
         )
         save_account(account, partial_dir)
     return account
@@ -99,11 +104,25 @@ def _use_of_splits(kept: Mapping[str, str], candidates: Sequence[Candidate]) -> 
     return SplitsUse(num_kept=num_kept, num_gone=len(kept) - num_kept)
 
 
-def _audit(records: Sequence[Record], *, num_workers: int) -> tuple[list[Candidate], list[LeftOut]]:
+def _use_of_groups(groups: Sequence[Group], *, distance: int) -> GroupsUse:
+    return GroupsUse(
+        distance=distance,
+        num_groups=len(groups),
+        num_photographs=sum(len(group.members) for group in groups),
+        disagreeing=tuple(
+            tuple(sorted(member.record.source for member in group.members))
+            for group in groups
+            if len(group.class_names) > 1
+        ),
+    )
+
+
+def _audit(records: Sequence[Record], *, options: BuildOptions) -> tuple[list[Candidate], list[LeftOut]]:
     """Decode every record; return those that stay, one of each picture, and those that do not."""
     candidates: list[Candidate] = []
     left_out: list[LeftOut] = []
-    findings = audit_files([record.path for record in records], num_workers=num_workers)
+    paths = [record.path for record in records]
+    findings = audit_files(paths, num_workers=options.num_workers, with_looks=options.near_distance is not None)
     paced = with_pace(findings, total=len(records), doing="decoding every picture")
     for record, finding in zip(records, paced, strict=True):
         if isinstance(finding, Fault):
@@ -115,13 +134,12 @@ def _audit(records: Sequence[Record], *, num_workers: int) -> tuple[list[Candida
 
 
 def _assign_splits(
-    candidates: Sequence[Candidate], *, folder: Folder, kept: Mapping[str, str], seed: int
+    candidates: Sequence[Candidate], *, folder: Folder, groups: Sequence[Group], kept: Mapping[str, str], seed: int
 ) -> dict[str, list[Candidate]]:
     """The candidates of each split, in the order in which they will be written: by a digest, so that classes are mixed."""
     chosen: dict[str, str] = {}
     if not folder.splits:
-        pairs = ((candidate.picture.sample_key, candidate.record.class_name) for candidate in candidates)
-        chosen = split_by_class(pairs, seed=seed, kept=kept)
+        chosen = split_by_group(candidates, groups=groups, kept=kept, seed=seed)
     of_split: defaultdict[str, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         of_split[candidate.record.split or chosen[candidate.picture.sample_key]].append(candidate)
