@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from aplantida_dist.command import CommandParser, run_command
@@ -11,6 +12,7 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.shards.account import to_text
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.folder import read_folder
+from aplantida_dist.shards.groups import MAX_DISTANCE
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.licence import parse_requirement
 from aplantida_dist.shards.placement import require_free_place
@@ -45,6 +47,8 @@ def main() -> None:
             num_workers=options.workers,
             replace=options.replace,
             licence=requirement,
+            keep_splits_of=options.keep_splits,
+            near_distance=options.near_duplicates,
         ),
     )
     print(to_text(account))
@@ -82,6 +86,19 @@ def _parser() -> CommandParser:
         "--seed", type=int, default=0, help="decides the split and the order in the shards (default: 0)"
     )
     parser.add_argument(
+        "--keep-splits",
+        type=Path,
+        metavar="DATASET",
+        help="an earlier dataset: each photograph of it stays in its split, whatever the seed",
+    )
+    parser.add_argument(
+        "--near-duplicates",
+        type=_distance_or_off,
+        default="2",
+        metavar="DISTANCE|off",
+        help=f"pictures whose 64-bit looks differ in at most so many bits stay in one split, 0 to {MAX_DISTANCE} (default: 2)",
+    )
+    parser.add_argument(
         "--shard-samples",
         type=int,
         default=limits.num_samples,
@@ -100,6 +117,14 @@ def _parser() -> CommandParser:
         help="processes that decode, 0 for none beside this one; they do not change the result (default: all cores)",
     )
     return parser
+
+
+def _distance_or_off(text: str) -> int | None:
+    if text == "off":
+        return None
+    if text.isascii() and text.isdigit() and int(text) <= MAX_DISTANCE:
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is no distance; give 0 to {MAX_DISTANCE}, or off")
 
 
 if __name__ == "__main__":

@@ -48,9 +48,18 @@ def build(
     num_workers: int = 0,
     replace: bool = False,
     limits: ShardLimits | None = None,
+    keep_splits_of: Path | None = None,
+    near_distance: int | None = 2,
 ) -> Account:
     """Build in this process."""
-    options = BuildOptions(seed=seed, limits=limits or ShardLimits(), num_workers=num_workers, replace=replace)
+    options = BuildOptions(
+        seed=seed,
+        limits=limits or ShardLimits(),
+        num_workers=num_workers,
+        replace=replace,
+        keep_splits_of=keep_splits_of,
+        near_distance=near_distance,
+    )
     return build_dataset(read_folder(folder), dataset_dir, options=options)
 
 

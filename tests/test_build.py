@@ -14,7 +14,6 @@ import sys
 import tarfile
 import time
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,6 @@ from aplantida_dist.shards.lines import LineError
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import PlacementError
 from aplantida_dist.shards.record import MEANING_OF_REASON
-from aplantida_dist.shards.split import split_by_class, split_sizes
 from aplantida_dist.shards.writer import Sample, ShardLimits, WriterError, write_split
 
 ROOT = Path(__file__).parents[1]
@@ -204,30 +202,6 @@ def test_classes_are_mixed_in_the_shards(tmp_path: Path) -> None:
     fill(tmp_path / "source", {"birch": 50, "oak": 50})
     account = build(tmp_path / "source", tmp_path / "set", limits=ShardLimits(num_samples=20))
     assert all(len(shard.class_counts) == 2 for shard in account.manifests[0].shards)
-
-
-@pytest.mark.parametrize("num_photographs", range(130))
-def test_split_sizes_divide_a_class(num_photographs: int) -> None:
-    """1 → train; 2 → train, val; 3 and more → 80/10/10 within one photograph, with val and test never empty."""
-    sizes = split_sizes(num_photographs)
-    assert sizes.train + sizes.val + sizes.test == num_photographs
-    if num_photographs < 3:
-        assert (sizes.train, sizes.val, sizes.test) == [(0, 0, 0), (1, 0, 0), (1, 1, 0)][num_photographs]
-    else:
-        assert sizes.val == sizes.test >= 1
-        assert sizes.train >= 1
-        assert num_photographs < 10 or abs(sizes.val - num_photographs / 10) <= 0.5
-
-
-def test_split_follows_the_photograph_and_not_its_name() -> None:
-    """Who goes where depends on keys, classes and seed; the order in which they come does not matter."""
-    pairs = [(sample_key_of(bytes([number])), f"class {number % 3}") for number in range(100)]
-    chosen = split_by_class(pairs, seed=3)
-    assert split_by_class(reversed(pairs), seed=3) == chosen
-    for class_name in ("class 0", "class 1", "class 2"):
-        sizes = Counter(chosen[key] for key, name in pairs if name == class_name)
-        assert set(sizes) == {"train", "val", "test"}
-    assert split_by_class(pairs, seed=4) != chosen
 
 
 def test_given_splits_are_kept(tmp_path: Path) -> None:
@@ -530,7 +504,7 @@ def test_a_killed_build_leaves_no_dataset(tmp_path: Path) -> None:
     done = run_build(*arguments)
     assert done.returncode == 0, done.stderr
     assert "starting clean" in done.stderr
-    assert load_manifest(tmp_path / "set" / "train" / "manifest.json").num_samples == 96
+    assert json.loads((tmp_path / "set" / "report.json").read_text())["num_samples"] == 120
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from /proc")

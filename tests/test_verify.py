@@ -118,7 +118,7 @@ def test_a_dataset_as_built_is_sound(sound: Path) -> None:
     verdict = verify_dataset(sound)
     assert verdict.damages == ()
     assert (verdict.num_splits, verdict.num_samples) == (3, 33)
-    assert verdict.num_shards == 7
+    assert verdict.num_shards == 8
 
 
 def test_every_flipped_bit_is_found_and_named(dataset: Path) -> None:
@@ -236,7 +236,7 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "extra folder": (lambda d: (d / "dev").mkdir(), "dev: does not belong to the dataset"),
     "total of samples": (
         edit_manifest(lambda m: m.update(num_samples=26)),
-        "train/manifest.json: states 26 samples, its shards add up to 25",
+        "train/manifest.json: states 26 samples, its shards add up to 23",
     ),
     "total of classes": (
         edit_manifest(lambda m: m["class_counts"].update({"0": 1})),
@@ -376,7 +376,7 @@ def test_the_command_answers_with_its_exit_code(dataset: Path, tmp_path: Path) -
     """Sound: 0 and one line. Damaged: 2 and one line for each thing on stderr. Nothing there: 2 and one line."""
     done = run_verify(dataset)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "sound: 3 splits, 7 shards, 33 samples" in done.stdout
+    assert "sound: 3 splits, 8 shards, 33 samples" in done.stdout
     (dataset / SHARD_1).unlink()
     (dataset / "val/extra").write_text("")
     failed = run_verify(dataset)

@@ -19,6 +19,24 @@ LISTED_PER_REASON = 20
 
 
 @dataclass(frozen=True)
+class SplitsUse:
+    """How the photographs of an earlier dataset met those of this one: `num_gone` are not among its samples any more."""
+
+    num_kept: int
+    num_gone: int
+
+
+@dataclass(frozen=True)
+class GroupsUse:
+    """The groups of photographs whose looks differ in at most `distance` bits; `disagreeing` are the sources of those under several classes."""
+
+    distance: int
+    num_groups: int
+    num_photographs: int
+    disagreeing: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Account:
     """What a build did. Nothing in it depends on the clock, the machine, or where the folders lie.
 
@@ -37,6 +55,8 @@ class Account:
     left_out: tuple[LeftOut, ...]
     licence_counts: dict[str, int]
     metadata: MetadataUse | None
+    kept_splits: SplitsUse | None
+    groups: GroupsUse | None
 
     @property
     def num_samples(self) -> int:
@@ -78,6 +98,8 @@ def to_json(account: Account) -> dict[str, Any]:
             for label, name in enumerate(account.class_names)
         },
         "metadata": None if account.metadata is None else asdict(account.metadata),
+        "kept_splits": None if account.kept_splits is None else asdict(account.kept_splits),
+        "groups": None if account.groups is None else asdict(account.groups),
     }
 
 
@@ -138,6 +160,20 @@ def _remarks(account: Account) -> list[str]:
         names = account.classes_without_samples
         shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
         remarks.append(f"{len(names):,} classes hold nothing usable and are not in classes.json: {shown}")
+    if account.kept_splits is not None:
+        kept = account.kept_splits
+        remarks.append(
+            f"{kept.num_kept:,} photographs keep the split of the earlier dataset, {kept.num_gone:,} of it are no longer here"
+        )
+    if account.groups is not None and account.groups.num_groups:
+        groups = account.groups
+        remarks.append(
+            f"{groups.num_photographs:,} photographs form {groups.num_groups:,} groups of nearly the same look, none of which spans two splits"
+        )
+        if groups.disagreeing:
+            remarks.append(
+                f"{len(groups.disagreeing):,} of these groups stand under several classes, listed in report.json, first {', '.join(groups.disagreeing[0][:10])}"
+            )
     use = account.metadata
     if use is not None and use.unmatched:
         number, image_path = use.unmatched[0]

@@ -16,11 +16,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image, UnidentifiedImageError
 
 from aplantida_dist.data.images import MAX_PIXELS, DecodeError, decode
 from aplantida_dist.errors import UserError
+from aplantida_dist.shards.looks import look_of
 from aplantida_dist.shards.record import LeftOut, Reason, Record
 
 KEY_DIGITS = 24
@@ -37,11 +39,15 @@ class AuditError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture that decodes: the key that its bytes give it, the suffix that its format gives it, its size."""
+    """A picture that decodes: the key that its bytes give it, the suffix that its format gives it, its size.
+
+    `look` is its perceptual hash, 0 where the audit was not asked for it.
+    """
 
     sample_key: str
     suffix: str
     num_bytes: int
+    look: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +71,19 @@ def sample_key_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:KEY_DIGITS]
 
 
-def audit_files(paths: Sequence[str], *, num_workers: int) -> Iterator[Picture | Fault]:
+def audit_files(paths: Sequence[str], *, num_workers: int, with_looks: bool) -> Iterator[Picture | Fault]:
     """Audit files in `num_workers` processes (0: in this one); the findings come in the order of the paths."""
     if num_workers < 0:
         raise AuditError(f"{num_workers} workers cannot decode; give --workers 0 or more")
+    audit = partial(audit_file, with_looks=with_looks)
     if num_workers == 0:
-        yield from map(audit_file, paths)
+        yield from map(audit, paths)
         return
     # spawn: a fork would copy whatever threads and locks the caller holds.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_follow_the_main_process)
     try:
-        yield from pool.map(audit_file, paths, chunksize=FILES_PER_TASK)
+        yield from pool.map(audit, paths, chunksize=FILES_PER_TASK)
     except BrokenProcessPool:
         raise AuditError(
             "a decoding process was killed, mostly for want of memory; build again with fewer --workers"
@@ -98,7 +105,7 @@ def _follow_the_main_process() -> None:
     threading.Thread(target=end_with_it, daemon=True).start()
 
 
-def audit_file(path: str) -> Picture | Fault:
+def audit_file(path: str, *, with_looks: bool = False) -> Picture | Fault:
     """Read one file and decode it fully. What kind of picture it is comes from its bytes, never from its name."""
     try:
         status = os.stat(path)
@@ -110,10 +117,10 @@ def audit_file(path: str) -> Picture | Fault:
             content = file.read()
     except OSError as error:
         return Fault("unreadable", error.strerror or type(error).__name__)
-    return audit_picture(content)
+    return audit_picture(content, with_looks=with_looks)
 
 
-def audit_picture(content: bytes) -> Picture | Fault:
+def audit_picture(content: bytes, *, with_looks: bool) -> Picture | Fault:
     """Decode a picture to its last row, exactly as training will."""
     if not content:
         return Fault("not_a_picture", "empty file")
@@ -135,10 +142,10 @@ def audit_picture(content: bytes) -> Picture | Fault:
         if num_pixels > MAX_PIXELS:
             return Fault("too_large", f"{num_pixels} pixels, at most {MAX_PIXELS} are decoded")
         try:
-            decode(content)
+            pixels = decode(content)
         except DecodeError as error:
             return Fault("undecodable", _text_of(error))
-    return Picture(sample_key_of(content), suffix, len(content))
+    return Picture(sample_key_of(content), suffix, len(content), look_of(pixels) if with_looks else 0)
 
 
 def drop_copies(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[LeftOut]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +13,15 @@ from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap
 from aplantida_dist.data.manifest import SPLITS, Manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
-from aplantida_dist.shards.account import Account, save_account
+from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse, save_account
 from aplantida_dist.shards.audit import Candidate, Fault, audit_files, drop_copies, sample_key_of
+from aplantida_dist.shards.earlier import read_splits
+from aplantida_dist.shards.groups import Group, find_groups, leave_out_leaks, split_by_group
 from aplantida_dist.shards.licence import ANY_LICENCE, UNKNOWN, Requirement, strictest
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_free_place
 from aplantida_dist.shards.record import LeftOut, Record
 from aplantida_dist.shards.source import Source
-from aplantida_dist.shards.split import split_by_class
 from aplantida_dist.shards.writer import Sample, ShardLimits, write_split
 
 
@@ -30,13 +31,19 @@ class BuildError(UserError):
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build. `num_workers` processes decode (0: this one); the dataset's bytes do not depend on them."""
+    """How to build. `num_workers` processes decode (0: this one); the dataset's bytes do not depend on them.
+
+    `keep_splits_of` is an earlier dataset whose photographs keep their split. Pictures whose looks differ in at most
+    `near_distance` bits form a group, which stays in one split; None looks for no groups.
+    """
 
     seed: int
     limits: ShardLimits
     num_workers: int
     replace: bool
     licence: Requirement = ANY_LICENCE
+    keep_splits_of: Path | None = None
+    near_distance: int | None = None
 
 
 def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -> Account:
@@ -50,10 +57,13 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
     require_free_place(dataset_dir, replace=options.replace)
     if not source.records:
         raise BuildError(_told_of_nothing(source))
+    kept = _read_kept_splits(source, options=options)
     licensed, unlicensed = _require_licence(source.records, options.licence)
-    candidates, unusable = _audit(licensed, num_workers=options.num_workers)
-    left_out = tuple(sorted((*source.outside, *unlicensed, *unusable), key=_natural_order))
-    of_split = _assign_splits(candidates, given=source.splits, seed=options.seed)
+    candidates, unusable = _audit(licensed, options=options)
+    groups = () if options.near_distance is None else find_groups(candidates, distance=options.near_distance)
+    candidates, leaks = leave_out_leaks(candidates, groups=groups, kept=kept)
+    left_out = tuple(sorted((*source.outside, *unlicensed, *unusable, *leaks), key=_natural_order))
+    of_split = _assign_splits(candidates, given=source.splits, groups=groups, kept=kept, seed=options.seed)
     class_map = _class_map_of(of_split, source, left_out=left_out)
     with placed(dataset_dir, replace=options.replace) as partial_dir:
         class_map.save(partial_dir / CLASSES_FILE)
@@ -68,6 +78,8 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
             left_out=left_out,
             licence_counts=_licence_counts_of(candidates),
             metadata=source.metadata,
+            kept_splits=None if options.keep_splits_of is None else _use_of_splits(kept, candidates),
+            groups=None if options.near_distance is None else _use_of_groups(groups, distance=options.near_distance),
         )
         save_account(account, partial_dir)
     return account
@@ -113,11 +125,42 @@ def _require_licence(records: Sequence[Record], requirement: Requirement) -> tup
     return accepted, left_out
 
 
-def _audit(records: Sequence[Record], *, num_workers: int) -> tuple[list[Candidate], list[LeftOut]]:
+def _read_kept_splits(source: Source, *, options: BuildOptions) -> dict[str, str]:
+    """The sample key → split of the earlier dataset, empty where none is kept."""
+    if options.keep_splits_of is None:
+        return {}
+    if source.splits:
+        raise BuildError(
+            f"{options.keep_splits_of}: its splits cannot be kept, since the source of pictures decides them itself; "
+            "leave out --keep-splits, or give pictures without splits of their own"
+        )
+    return read_splits(options.keep_splits_of)
+
+
+def _use_of_splits(kept: Mapping[str, str], candidates: Sequence[Candidate]) -> SplitsUse:
+    num_kept = sum(candidate.picture.sample_key in kept for candidate in candidates)
+    return SplitsUse(num_kept=num_kept, num_gone=len(kept) - num_kept)
+
+
+def _use_of_groups(groups: Sequence[Group], *, distance: int) -> GroupsUse:
+    return GroupsUse(
+        distance=distance,
+        num_groups=len(groups),
+        num_photographs=sum(len(group.members) for group in groups),
+        disagreeing=tuple(
+            tuple(sorted(member.record.source for member in group.members))
+            for group in groups
+            if len(group.class_names) > 1
+        ),
+    )
+
+
+def _audit(records: Sequence[Record], *, options: BuildOptions) -> tuple[list[Candidate], list[LeftOut]]:
     """Decode every record; return those that stay, one of each picture, and those that do not."""
     candidates: list[Candidate] = []
     left_out: list[LeftOut] = []
-    findings = audit_files([record.path for record in records], num_workers=num_workers)
+    paths = [record.path for record in records]
+    findings = audit_files(paths, num_workers=options.num_workers, with_looks=options.near_distance is not None)
     paced = with_pace(findings, total=len(records), doing="decoding every picture")
     for record, finding in zip(records, paced, strict=True):
         if isinstance(finding, Fault):
@@ -135,12 +178,18 @@ def _licence_counts_of(candidates: Sequence[Candidate]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _assign_splits(candidates: Sequence[Candidate], *, given: tuple[str, ...], seed: int) -> dict[str, list[Candidate]]:
+def _assign_splits(
+    candidates: Sequence[Candidate],
+    *,
+    given: tuple[str, ...],
+    groups: Sequence[Group],
+    kept: Mapping[str, str],
+    seed: int,
+) -> dict[str, list[Candidate]]:
     """The candidates of each split, in the order in which they will be written: by a digest, so that classes are mixed."""
     chosen: dict[str, str] = {}
     if not given:
-        pairs = ((candidate.picture.sample_key, candidate.record.class_name) for candidate in candidates)
-        chosen = split_by_class(pairs, seed=seed)
+        chosen = split_by_group(candidates, groups=groups, kept=kept, seed=seed)
     of_split: defaultdict[str, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         of_split[candidate.record.split or chosen[candidate.picture.sample_key]].append(candidate)

@@ -31,7 +31,7 @@ MEANING_OF_REASON: dict[Reason, str] = {
     "too_large": "more bytes or pixels than a picture may have",
     "undecodable": "a picture that does not decode to its end",
     "duplicate": "same bytes as a sample of the same split",
-    "leak": "same bytes as a sample of another split, which keeps it",
+    "leak": "same bytes as a sample of another split, which keeps it, or nearly the same look",
     "conflicting_labels": "same bytes under several classes",
 }
 """Every reason for which a record is left out, in the order of the report."""
