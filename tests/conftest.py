@@ -15,21 +15,17 @@ from tests.pictures import build, fill
 
 torch.set_num_threads(1)
 
-COUNTS = {
-    "Acer campestre": 31,
-    "Betula pendula": 12,
-    "Cornus mas": 7,
-    "Daphne mezereum": 23,
-    "Euonymus": 4,
-    "Ficus": 10,
-}
+CLASSES = ("Acer campestre", "Betula pendula", "Cornus mas", "Daphne mezereum", "Euonymus", "Ficus")
+COUNTS = {"train": (25, 10, 5, 19, 2, 8), "val": (3, 1, 1, 2, 1, 1), "test": (3, 1, 1, 2, 1, 1)}
 
 
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """87 pictures of 6 classes: 69 train in shards of 13, the rest in val and test."""
+    """87 pictures of 6 classes in given splits: 69 train in shards of 13, 9 val, 9 test."""
     folder = tmp_path_factory.mktemp("pictures")
-    fill(folder, COUNTS)
+    first = 0
+    for split, counts in COUNTS.items():
+        first = fill(folder / split, dict(zip(CLASSES, counts, strict=True)), first=first)
     out = tmp_path_factory.mktemp("datasets") / "small"
     build(folder, out, limits=ShardLimits(num_samples=13))
     return out
