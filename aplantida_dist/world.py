@@ -89,10 +89,6 @@ class World:
             distributed.all_gather_object(values, value)
         return values
 
-    def broadcast_across_ranks(self, value: Any) -> Any:
-        """Collective. The main process's value, on every rank."""
-        return self.gather_across_ranks(value if self.is_main else None)[0]
-
     def share_buffers_across_ranks(self, model: nn.Module) -> None:
         """Collective. Give every rank the main process's buffers, such as BatchNorm's running statistics."""
         if self.world_size > 1:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.config import DataSection
 from aplantida_dist.data.dataset import Split, open_dataset
-from aplantida_dist.data.index import read_index, read_key
+from aplantida_dist.data.index import read_key
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.errors import UserError
 
@@ -73,15 +72,10 @@ class _Keys:
         self._open: dict[int, tuple[int, Any]] = {}
 
     def at(self, shard_index: int, member_index: int) -> str:
-        path = self._split.shard_path(shard_index)
         if shard_index not in self._open:
-            shard = self._split.manifest.shards[shard_index]
-            index = read_index(
-                self._split.index_path(shard_index), num_samples=shard.num_samples, sha256=shard.index_sha256
-            )
-            self._open[shard_index] = (os.open(path, os.O_RDONLY), index)
+            self._open[shard_index] = (self._split.open_shard(shard_index), self._split.read_index(shard_index))
         descriptor, index = self._open[shard_index]
-        return read_key(descriptor, index[member_index], shard_path=path)
+        return read_key(descriptor, index[member_index], shard_path=self._split.shard_path(shard_index))
 
 
 def _stretch(text: str) -> tuple[int, int]:

@@ -6,8 +6,10 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
 from aplantida_dist.data.index import ShardError, read_index, read_key
@@ -95,7 +97,7 @@ class Split:
         if not self.is_limited:
             return self.manifest.identity_digest
         return identity_digest(
-            sum(identity_of(key) for index in range(len(self.shard_sizes)) for key in self._keys(index))
+            sum(identity_of(key) for index in range(len(self.shard_sizes)) for key in self.sample_keys(index))
         )
 
     def shard_path(self, shard_index: int) -> Path:
@@ -121,12 +123,25 @@ class Split:
                     f"{path}: the shard has {found_bytes} bytes, the manifest says {shard.bytes}; copy or rebuild the dataset"
                 )
 
-    def _keys(self, shard_index: int) -> list[str]:
-        """The keys of a shard's samples that are to be read, from its tar headers."""
+    def read_index(self, shard_index: int) -> NDArray[Any]:
+        """The index of a shard, checked against the manifest."""
         shard = self.manifest.shards[shard_index]
-        index = read_index(self.index_path(shard_index), num_samples=shard.num_samples, sha256=shard.index_sha256)
+        return read_index(self.index_path(shard_index), num_samples=shard.num_samples, sha256=shard.index_sha256)
+
+    def open_shard(self, shard_index: int) -> int:
+        """A descriptor of a shard's tar, for the caller to close; ShardError where it cannot be opened."""
         path = self.shard_path(shard_index)
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(
+                f"{path}: the shard cannot be opened: {error.strerror}; rebuild or copy the dataset again"
+            ) from error
+
+    def sample_keys(self, shard_index: int) -> list[str]:
+        """The keys of a shard's samples that are to be read, from its tar headers."""
+        index, path = self.read_index(shard_index), self.shard_path(shard_index)
+        descriptor = self.open_shard(shard_index)
         try:
             return [read_key(descriptor, entry, shard_path=path) for entry in index[: self.shard_sizes[shard_index]]]
         finally:

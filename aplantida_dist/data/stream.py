@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import DecodeError, Transform
-from aplantida_dist.data.index import ShardError, read_index, read_member, read_metadata
+from aplantida_dist.data.index import ShardError, read_member, read_metadata
 from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
 from aplantida_dist.errors import UserError
@@ -156,16 +156,8 @@ class _OpenShard:
 
     def __init__(self, split: Split, shard_index: int) -> None:
         self.path = split.shard_path(shard_index)
-        shard = split.manifest.shards[shard_index]
-        self.index: NDArray[Any] = read_index(
-            split.index_path(shard_index), num_samples=shard.num_samples, sha256=shard.index_sha256
-        )
-        try:
-            self.descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise ShardError(
-                f"{self.path}: the shard cannot be opened: {error.strerror}; rebuild or copy the dataset again"
-            ) from error
+        self.index: NDArray[Any] = split.read_index(shard_index)
+        self.descriptor = split.open_shard(shard_index)
 
     def close(self) -> None:
         os.close(self.descriptor)
