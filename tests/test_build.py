@@ -26,11 +26,12 @@ from aplantida_dist.data.manifest import load_manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.shards import pace
 from aplantida_dist.shards.account import Account
-from aplantida_dist.shards.audit import Candidate, Picture, audit_file, sample_key_of
+from aplantida_dist.shards.audit import Candidate, Picture, audit_place, sample_key_of
 from aplantida_dist.shards.builder import BuildError, read_samples
 from aplantida_dist.shards.folder import FolderError, read_folder
 from aplantida_dist.shards.lines import LineError
 from aplantida_dist.shards.pace import with_pace
+from aplantida_dist.shards.place import Place
 from aplantida_dist.shards.placement import PlacementError
 from aplantida_dist.shards.record import MEANING_OF_REASON
 from aplantida_dist.shards.writer import Sample, ShardLimits, WriterError, write_split
@@ -249,7 +250,7 @@ def test_every_kind_of_pixel_that_training_decodes_is_accepted(tmp_path: Path, m
     image_format = {"CMYK": "JPEG"}.get(mode, "PNG")
     buffer = io.BytesIO()
     Image.new(mode, (9, 7)).save(buffer, format=image_format)
-    assert isinstance(audit_file(str(put(tmp_path / "x", buffer.getvalue()))), Picture)
+    assert isinstance(audit_place(Place(str(put(tmp_path / "x", buffer.getvalue())))), Picture)
 
 
 def test_metadata_lines_become_the_json_of_their_samples(tmp_path: Path) -> None:
@@ -433,7 +434,7 @@ def test_a_picture_that_changes_underneath_is_an_error(tmp_path: Path) -> None:
     """What was audited is what is written, or nothing is."""
     path = put(tmp_path / "source" / "oak" / "0.jpg", draw(0))
     (record,) = read_folder(tmp_path / "source").records
-    picture = audit_file(record.path)
+    picture = audit_place(record.place)
     assert isinstance(picture, Picture)
     members = [Candidate(record, picture)]
     assert [sample.image for sample in read_samples(members, ClassMap(("oak",)))] == [draw(0)]

@@ -155,11 +155,11 @@ def test_the_picture_of_a_url_lies_under_its_md5(tmp_path: Path, suffix: str) ->
     place(tmp_path / "pictures", 0, suffix=suffix)
     write_records(tmp_path / "records.jsonl", [record(0)])
     source = read_jsonl(tmp_path / "records.jsonl", tmp_path / "pictures")
-    assert [Path(one.path).suffix for one in source.records] == [suffix]
+    assert [Path(one.place.path).suffix for one in source.records] == [suffix]
     place(tmp_path / "pictures", 0)
-    assert [Path(one.path).suffix for one in read_jsonl(tmp_path / "records.jsonl", tmp_path / "pictures").records] == [
-        ".jpg"
-    ]
+    assert [
+        Path(one.place.path).suffix for one in read_jsonl(tmp_path / "records.jsonl", tmp_path / "pictures").records
+    ] == [".jpg"]
 
 
 def test_a_record_is_kept_whole(tmp_path: Path) -> None:

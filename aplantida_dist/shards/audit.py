@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import signal
-import stat
 import threading
 import warnings
 from collections import defaultdict
@@ -23,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from aplantida_dist.data.images import MAX_PIXELS, DecodeError, decode
 from aplantida_dist.errors import UserError
 from aplantida_dist.shards.looks import look_of
+from aplantida_dist.shards.place import Place
 from aplantida_dist.shards.record import LeftOut, Reason, Record
 
 KEY_DIGITS = 24
@@ -71,19 +71,19 @@ def sample_key_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:KEY_DIGITS]
 
 
-def audit_files(paths: Sequence[str], *, num_workers: int, with_looks: bool) -> Iterator[Picture | Fault]:
-    """Audit files in `num_workers` processes (0: in this one); the findings come in the order of the paths."""
+def audit_places(places: Sequence[Place], *, num_workers: int, with_looks: bool) -> Iterator[Picture | Fault]:
+    """Audit pictures in `num_workers` processes (0: in this one); the findings come in the order of the places."""
     if num_workers < 0:
         raise AuditError(f"{num_workers} workers cannot decode; give --workers 0 or more")
-    audit = partial(audit_file, with_looks=with_looks)
+    audit = partial(audit_place, with_looks=with_looks)
     if num_workers == 0:
-        yield from map(audit, paths)
+        yield from map(audit, places)
         return
     # spawn: a fork would copy whatever threads and locks the caller holds.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_follow_the_main_process)
     try:
-        yield from pool.map(audit, paths, chunksize=FILES_PER_TASK)
+        yield from pool.map(audit, places, chunksize=FILES_PER_TASK)
     except BrokenProcessPool:
         raise AuditError(
             "a decoding process was killed, mostly for want of memory; build again with fewer --workers"
@@ -105,16 +105,15 @@ def _follow_the_main_process() -> None:
     threading.Thread(target=end_with_it, daemon=True).start()
 
 
-def audit_file(path: str, *, with_looks: bool = False) -> Picture | Fault:
-    """Read one file and decode it fully. What kind of picture it is comes from its bytes, never from its name."""
+def audit_place(place: Place, *, with_looks: bool = False) -> Picture | Fault:
+    """Read one picture and decode it fully. What kind of picture it is comes from its bytes, never from its name."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
+        num_bytes = place.size()
+        if num_bytes is None:
             return Fault("not_a_picture", "neither a file nor a folder")
-        if status.st_size > MAX_PICTURE_BYTES:
-            return Fault("too_large", f"{status.st_size} bytes, at most {MAX_PICTURE_BYTES} are read")
-        with open(path, "rb") as file:
-            content = file.read()
+        if num_bytes > MAX_PICTURE_BYTES:
+            return Fault("too_large", f"{num_bytes} bytes, at most {MAX_PICTURE_BYTES} are read")
+        content = place.read()
     except OSError as error:
         return Fault("unreadable", error.strerror or type(error).__name__)
     return audit_picture(content, with_looks=with_looks)

@@ -14,7 +14,7 @@ from aplantida_dist.data.manifest import SPLITS, Manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse, save_account
-from aplantida_dist.shards.audit import Candidate, Fault, audit_files, drop_copies, sample_key_of
+from aplantida_dist.shards.audit import Candidate, Fault, audit_places, drop_copies, sample_key_of
 from aplantida_dist.shards.earlier import read_splits
 from aplantida_dist.shards.groups import Group, find_groups, leave_out_leaks, split_by_group
 from aplantida_dist.shards.licence import ANY_LICENCE, UNKNOWN, Requirement, strictest
@@ -159,8 +159,8 @@ def _audit(records: Sequence[Record], *, options: BuildOptions) -> tuple[list[Ca
     """Decode every record; return those that stay, one of each picture, and those that do not."""
     candidates: list[Candidate] = []
     left_out: list[LeftOut] = []
-    paths = [record.path for record in records]
-    findings = audit_files(paths, num_workers=options.num_workers, with_looks=options.near_distance is not None)
+    places = [record.place for record in records]
+    findings = audit_places(places, num_workers=options.num_workers, with_looks=options.near_distance is not None)
     paced = with_pace(findings, total=len(records), doing="decoding every picture")
     for record, finding in zip(records, paced, strict=True):
         if isinstance(finding, Fault):
@@ -238,14 +238,14 @@ def _write(
 def read_samples(members: Sequence[Candidate], class_map: ClassMap) -> Iterator[Sample]:
     """Read the pictures again, one at a time. BuildError where a file is no longer what was audited."""
     for member in members:
-        path, picture = Path(member.record.path), member.picture
+        place, picture = member.record.place, member.picture
         try:
-            image = path.read_bytes()
+            image = place.read()
         except OSError as error:
             raise BuildError(
-                f"{path}: cannot be read any more: {error.strerror}; leave the pictures alone and build again"
+                f"{place}: cannot be read any more: {error.strerror}; leave the pictures alone and build again"
             ) from error
         if sample_key_of(image) != picture.sample_key:
-            raise BuildError(f"{path}: changed while the dataset was built; leave the pictures alone and build again")
+            raise BuildError(f"{place}: changed while the dataset was built; leave the pictures alone and build again")
         label = class_map.index_of[member.record.class_name]
         yield Sample(picture.sample_key, picture.suffix, image, label, member.record.metadata)

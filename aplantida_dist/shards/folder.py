@@ -14,6 +14,7 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
 from aplantida_dist.shards.licence import licence_of
 from aplantida_dist.shards.lines import read_lines
+from aplantida_dist.shards.place import Place
 from aplantida_dist.shards.record import LeftOut, Record
 from aplantida_dist.shards.source import SPLIT_OF_WORD, MetadataUse, Source, text_of_name
 
@@ -53,7 +54,7 @@ def read_folder(folder_dir: Path) -> Source:
             num_without += number_and_line is None
             known = json.loads(number_and_line[1]) if number_and_line else {}
             metadata = _metadata_of(known, source=source, class_name=folder.class_name)
-            records.append(Record(path, source, folder.class_name, folder.split, metadata, licence_of(known)))
+            records.append(Record(Place(path), source, folder.class_name, folder.split, metadata, licence_of(known)))
     unmatched = tuple(sorted((number, image_path) for image_path, (number, _) in lines.items()))
     return Source(
         name=folder_dir.name,

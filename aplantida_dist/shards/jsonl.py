@@ -14,6 +14,7 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
 from aplantida_dist.shards.licence import Licence, licence_of
 from aplantida_dist.shards.lines import Line, LineError, read_lines
+from aplantida_dist.shards.place import Place
 from aplantida_dist.shards.record import LeftOut, Record
 from aplantida_dist.shards.source import SPLIT_OF_WORD, Source, text_of_name
 
@@ -57,7 +58,7 @@ def read_jsonl(records_path: Path, image_dir: Path) -> Source:
         if path is None:
             missing.append(LeftOut(source, class_name, "missing", _what_is_missing(line.content, places)))
         else:
-            records.append(Record(path, source, class_name, split, _metadata_of(line.content), licence))
+            records.append(Record(Place(path), source, class_name, split, _metadata_of(line.content), licence))
     _require_one_kind(records_path, tally)
     return Source(
         name=name,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aplantida_dist.shards.licence import Licence
+from aplantida_dist.shards.place import Place
 
 Reason = Literal[
     "outside_classes",
@@ -39,14 +40,14 @@ MEANING_OF_REASON: dict[Reason, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One picture file as its source describes it.
+    """One picture as its source describes it.
 
-    `path` opens the file; `source` names it in reports: a relative path with '/' between its parts, or FILE:LINE; valid UTF-8.
+    `place` is where its bytes lie; `source` names it in reports: a relative path with '/' between its parts, or FILE:LINE; valid UTF-8.
     `split` is None where the builder is to decide. `metadata` is the canonical JSON that becomes KEY.json: bytes, since a
     million dictionaries are 1 GB. `licence` is None where the source states none.
     """
 
-    path: str
+    place: Place
     source: str
     class_name: str
     split: str | None
