@@ -91,7 +91,7 @@ def to_json(account: Account) -> dict[str, Any]:
         },
         "licence_counts": account.licence_counts,
         "left_out_by_reason": account.left_out_by_reason,
-        "left_out": [asdict(left_out) for left_out in account.left_out],
+        "left_out": [_left_out_row(left_out) for left_out in account.left_out],
         "classes_without_samples": account.classes_without_samples,
         "class_counts": {
             name: {manifest.split: manifest.class_counts.get(str(label), 0) for manifest in account.manifests}
@@ -146,6 +146,15 @@ def _split_row(manifest: Manifest) -> dict[str, int]:
         "num_classes": len(manifest.class_counts),
         "num_shards": len(manifest.shards),
         "bytes": sum(shard.bytes for shard in manifest.shards),
+    }
+
+
+def _left_out_row(left_out: LeftOut) -> dict[str, str | None]:
+    return {
+        "source": left_out.source,
+        "class_name": left_out.class_name,
+        "reason": left_out.reason,
+        "detail": left_out.detail,
     }
 
 

@@ -161,22 +161,18 @@ def drop_copies(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[
     for copies in copies_of_key.values():
         classes = sorted({copy.record.class_name for copy in copies})
         if len(classes) > 1:
-            left_out += [_left_out(copy, "conflicting_labels", f"under {', '.join(classes)}") for copy in copies]
+            left_out += [copy.record.left_out("conflicting_labels", f"under {', '.join(classes)}") for copy in copies]
             continue
         first, *others = sorted(copies, key=_preference)
         kept.append(first)
         for copy in others:
             reason: Reason = "duplicate" if copy.record.split == first.record.split else "leak"
-            left_out.append(_left_out(copy, reason, f"same bytes as {first.record.source}"))
+            left_out.append(copy.record.left_out(reason, f"same bytes as {first.record.source}"))
     return kept, left_out
 
 
 def _preference(candidate: Candidate) -> int:
     return COPY_STAYS_IN.index(candidate.record.split)
-
-
-def _left_out(candidate: Candidate, reason: Reason, detail: str) -> LeftOut:
-    return LeftOut(candidate.record.source, candidate.record.class_name, reason, detail)
 
 
 def _text_of(error: Exception) -> str:

@@ -121,7 +121,7 @@ def _require_licence(records: Sequence[Record], requirement: Requirement) -> tup
         else:
             stated = json.loads(record.metadata).get("license")
             detail = str(stated) if stated else "no licence is stated"
-            left_out.append(LeftOut(record.source, record.class_name, "licence", detail))
+            left_out.append(record.left_out("licence", detail))
     return accepted, left_out
 
 
@@ -164,7 +164,7 @@ def _audit(records: Sequence[Record], *, options: BuildOptions) -> tuple[list[Ca
     paced = with_pace(findings, total=len(records), doing="decoding every picture")
     for record, finding in zip(records, paced, strict=True):
         if isinstance(finding, Fault):
-            left_out.append(LeftOut(record.source, record.class_name, finding.reason, finding.detail))
+            left_out.append(record.left_out(finding.reason, finding.detail))
         else:
             candidates.append(Candidate(record, finding))
     kept, copies = drop_copies(candidates)

@@ -61,7 +61,7 @@ def read_folder(folder_dir: Path) -> Source:
         pictures_dir=folder_dir,
         counted="files",
         records=tuple(sorted(records, key=lambda record: record.source)),
-        outside=tuple(LeftOut(source, None, "outside_classes", "") for source in outside),
+        outside=tuple(LeftOut(source, None, "outside_classes", "", None) for source in outside),
         splits=splits,
         class_names=tuple(sorted({folder.class_name for folder in class_folders})),
         metadata=MetadataUse(num_lines, unmatched, num_without) if (folder_dir / METADATA_FILE).exists() else None,

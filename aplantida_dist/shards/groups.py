@@ -102,8 +102,7 @@ def leave_out_leaks(
         for member in group.members:
             if given[member.picture.sample_key] not in (stays_in, None):
                 detail = f"looks nearly the same as {stays}"
-                leak = LeftOut(member.record.source, member.record.class_name, "leak", detail)
-                leak_of_key[member.picture.sample_key] = leak
+                leak_of_key[member.picture.sample_key] = member.record.left_out("leak", detail)
     return [each for each in candidates if each.picture.sample_key not in leak_of_key], list(leak_of_key.values())
 
 

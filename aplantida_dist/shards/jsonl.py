@@ -56,7 +56,7 @@ def read_jsonl(records_path: Path, image_dir: Path) -> Source:
         path = next((path for path in (f"{image_dir}/{inside}" for inside in places) if os.path.exists(path)), None)
         source = f"{name}:{line.number}"
         if path is None:
-            missing.append(LeftOut(source, class_name, "missing", _what_is_missing(line.content, places)))
+            missing.append(LeftOut(source, class_name, "missing", _what_is_missing(line.content, places), None))
         else:
             records.append(Record(Place(path), source, class_name, split, _metadata_of(line.content), licence))
     _require_one_kind(records_path, tally)

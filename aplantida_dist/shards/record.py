@@ -54,12 +54,21 @@ class Record:
     metadata: bytes
     licence: Licence | None
 
+    def left_out(self, reason: Reason, detail: str) -> LeftOut:
+        """This record as one that does not become a sample."""
+        return LeftOut(self.source, self.class_name, reason, detail, self.place)
+
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """One file or record that did not become a sample. `detail` says what was found; `class_name` is None outside the class folders."""
+    """One file or record that did not become a sample.
+
+    `detail` says what was found; `class_name` is None outside the class folders; `place` is None where no bytes are there, and
+    is not part of the report's data: it leads to the picture while the dataset is built.
+    """
 
     source: str
     class_name: str | None
     reason: Reason
     detail: str
+    place: Place | None
