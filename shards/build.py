@@ -1,28 +1,34 @@
-"""Build a dataset: shards, indexes and manifests out of a folder of pictures, or out of records and their pictures."""
+"""Build a dataset: shards, indexes and manifests out of folders of pictures, of records and their pictures, and of tars that others wrote."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from aplantida_dist.command import CommandParser, run_command
 from aplantida_dist.errors import UserError
 from aplantida_dist.shards.account import to_text
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
+from aplantida_dist.shards.class_names import read_class_names
 from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.groups import MAX_DISTANCE
+from aplantida_dist.shards.joined import joined
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.licence import parse_requirement
 from aplantida_dist.shards.placement import require_free_place
 from aplantida_dist.shards.source import Source
+from aplantida_dist.shards.tars import read_tars
 from aplantida_dist.shards.writer import ShardLimits
 
 EXAMPLE = """\
 example:
   python shards/build.py --from-folder my_pictures --out shards/mine
   python shards/build.py --from-jsonl records.jsonl --image-dir pictures --require-license commercial --out shards/mine
+  python shards/build.py --from-tars 'theirs/train-{000..127}.tar' --class-names names.txt --from-folder my_pictures --out shards/both
 
 my_pictures holds one folder a class, or train/, val/ (or validation/) and test/ with one folder a class in each.
 A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept with each sample as KEY.json.
@@ -30,7 +36,31 @@ A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept 
 records.jsonl holds one JSON object a line: `latin_name` (the class) and `image_url` or `image_path`; further plant_id, common_name,
 image_source, license, attribution, region, country, which are kept, and `split` (train, val, validation or test) in all lines or none.
 The picture of a URL lies in pictures as md5(url).jpg (.jpeg, .png, .webp), an image_path is relative to pictures.
+
+theirs/train-000.tar and so on are WebDataset tars, of samples such as 0001.jpg, 0001.json, 0001.cls. They are read where they lie and stay
+as they are: the dataset holds indexes onto them. The class is the `latin_name` of the .json, else the .cls: a name, or a number into names.txt.
 """
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A --from-folder."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Records:
+    """A --from-jsonl."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Tars:
+    """A --from-tars."""
+
+    text: str
 
 
 def main() -> None:
@@ -39,7 +69,7 @@ def main() -> None:
     # Before the source is read: a million records take half a minute.
     require_free_place(options.out, replace=options.replace)
     account = build_dataset(
-        _read_source(options),
+        joined(_read_sources(options)),
         options.out,
         options=BuildOptions(
             seed=options.seed,
@@ -55,23 +85,44 @@ def main() -> None:
     print(f"report: {options.out / 'report.md'}")
 
 
-def _read_source(options: argparse.Namespace) -> Source:
-    if options.from_folder is not None:
-        if options.image_dir is not None:
-            raise UserError("--image-dir belongs to --from-jsonl; leave it out, or give records instead of a folder")
-        return read_folder(options.from_folder)
-    if options.image_dir is None:
+def _read_sources(options: argparse.Namespace) -> list[Source]:
+    """Read what was asked for, in the order of the command line; the n-th --image-dir is that of the n-th --from-jsonl."""
+    asked: list[Folder | Records | Tars] = options.sources
+    if not asked:
+        raise UserError(
+            "nothing to build from: give --from-folder, --from-jsonl or --from-tars; see shards/build.py --help"
+        )
+    num_records, num_tars = (sum(isinstance(one, kind) for one in asked) for kind in (Records, Tars))
+    if num_records and not options.image_dir:
         raise UserError("--from-jsonl needs --image-dir, the folder of the pictures; see shards/build.py --help")
-    return read_jsonl(options.from_jsonl, options.image_dir)
+    image_dirs = iter(_one_each(options.image_dir, num_records, "--image-dir", of="--from-jsonl"))
+    names_paths = iter(_one_each(options.class_names, num_tars, "--class-names", of="--from-tars"))
+    sources = []
+    for one in asked:
+        match one:
+            case Folder(text):
+                sources.append(read_folder(Path(text)))
+            case Records(text):
+                sources.append(read_jsonl(Path(text), next(image_dirs)))
+            case Tars(text):
+                path = next(names_paths, None)
+                sources.append(read_tars(text, class_names=None if path is None else read_class_names(path)))
+    return sources
+
+
+def _one_each(given: Sequence[Path], count: int, option: str, *, of: str) -> Sequence[Path]:
+    """As many as there are sources of the kind, from one for all or one for each."""
+    if given and not count:
+        raise UserError(f"{option} belongs to {of}; leave it out, or give {of} too")
+    if len(given) not in (0, 1, count):
+        raise UserError(f"{len(given)} {option} for {count} {of}; give one for all, or one for each in their order")
+    return [*given] * count if len(given) == 1 else given
 
 
 def _parser() -> CommandParser:
     limits = ShardLimits()
     parser = CommandParser(prog="shards/build.py", description=str(__doc__), example=EXAMPLE)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--from-folder", type=Path, metavar="DIR", help="the folder of pictures")
-    source.add_argument("--from-jsonl", type=Path, metavar="FILE", help="records of pictures, one JSON object a line")
-    parser.add_argument("--image-dir", type=Path, metavar="DIR", help="where the pictures of --from-jsonl lie")
+    _add_sources(parser)
     parser.add_argument(
         "--require-license",
         default="any",
@@ -117,6 +168,35 @@ def _parser() -> CommandParser:
         help="processes that decode, 0 for none beside this one; they do not change the result (default: all cores)",
     )
     return parser
+
+
+def _add_sources(parser: CommandParser) -> None:
+    """All sources go to one list, so that their order is that of the command line."""
+    group = parser.add_argument_group(
+        "sources", "one or more, also of different kinds; of equal pictures that of the first source stays"
+    )
+    for option, kind, metavar, text in (
+        ("--from-folder", Folder, "DIR", "a folder of pictures"),
+        ("--from-jsonl", Records, "FILE", "records of pictures, one JSON object a line"),
+        ("--from-tars", Tars, "URLS", "tars that others wrote, indexed in place; {000..127}, {a,b} and * expand"),
+    ):
+        group.add_argument(option, dest="sources", action="append", default=[], type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--image-dir",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="where the pictures of --from-jsonl lie; one for all, or one for each",
+    )
+    group.add_argument(
+        "--class-names",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="what the numbers in --from-tars stand for: a classes.json, or one name a line; one for all, or one for each",
+    )
 
 
 def _distance_or_off(text: str) -> int | None:

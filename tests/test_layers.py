@@ -36,6 +36,7 @@ OWNERS = {
     "timm": {"model"},
     "matplotlib": {"analysis.plots"},
     "imagehash": {"shards.looks"},
+    "braceexpand": {"shards.tar_urls"},
     "tqdm": {"progress"},
     "yaml": {"strict_yaml"},
     "safetensors": {"checkpoint"},

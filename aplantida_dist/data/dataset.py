@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
-from aplantida_dist.data.index import ShardError, read_index, read_key
+from aplantida_dist.data.index import ShardError, keys_of_index, read_index, read_key
 from aplantida_dist.data.manifest import (
     MANIFEST_FILE,
     SPLITS,
@@ -102,7 +102,7 @@ class Split:
 
     def shard_path(self, shard_index: int) -> Path:
         """The local path of this shard's tar. The one seam through which a remote dataset will come, by way of a cache."""
-        return self.split_dir / self.manifest.shards[shard_index].name
+        return self.manifest.shards[shard_index].tar_path(self.split_dir)
 
     def index_path(self, shard_index: int) -> Path:
         """The local path of this shard's index."""
@@ -126,7 +126,12 @@ class Split:
     def read_index(self, shard_index: int) -> NDArray[Any]:
         """The index of a shard, checked against the manifest."""
         shard = self.manifest.shards[shard_index]
-        return read_index(self.index_path(shard_index), num_samples=shard.num_samples, sha256=shard.index_sha256)
+        return read_index(
+            self.index_path(shard_index),
+            num_samples=shard.num_samples,
+            sha256=shard.index_sha256,
+            is_foreign=shard.is_foreign,
+        )
 
     def open_shard(self, shard_index: int) -> int:
         """A descriptor of a shard's tar, for the caller to close; ShardError where it cannot be opened."""
@@ -139,11 +144,13 @@ class Split:
             ) from error
 
     def sample_keys(self, shard_index: int) -> list[str]:
-        """The keys of a shard's samples that are to be read, from its tar headers."""
-        index, path = self.read_index(shard_index), self.shard_path(shard_index)
+        """The keys of a shard's samples that are to be read, from its tar headers, or of a foreign shard from its index."""
+        index, path = self.read_index(shard_index)[: self.shard_sizes[shard_index]], self.shard_path(shard_index)
+        if self.manifest.shards[shard_index].is_foreign:
+            return keys_of_index(index)
         descriptor = self.open_shard(shard_index)
         try:
-            return [read_key(descriptor, entry, shard_path=path) for entry in index[: self.shard_sizes[shard_index]]]
+            return [read_key(descriptor, entry, shard_path=path) for entry in index]
         finally:
             os.close(descriptor)
 

@@ -1,4 +1,7 @@
-"""The index of a shard: where each image member lies in the tar, how long it is, its crc32 and its label."""
+"""The index of a shard: where each image member lies in the tar, how long it is, its crc32 and its label.
+
+In our own tars the key stands in the tar header. In a tar that others wrote the names are theirs, so its index holds the key too.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,17 @@ from aplantida_dist.errors import UserError
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4"), ("label", "<u4")])
 """20 bytes a sample, no header. `offset` is that of the image's bytes; its tar header is the 512 bytes before."""
 
+KEY_BYTES = 12
+FOREIGN_INDEX_DTYPE = np.dtype(
+    [
+        *((name, INDEX_DTYPE[name]) for name in INDEX_DTYPE.names or ()),
+        ("key", f"V{KEY_BYTES}"),
+        ("metadata_offset", "<u8"),
+        ("metadata_length", "<u4"),
+    ]
+)
+"""44 bytes a sample of a tar that others wrote: also its key, and where its .json lies (length 0: it has none)."""
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 HEADER_BYTES = 512
 REMEDY = "run `python shards/verify.py DATASET` to see everything that is wrong"
@@ -36,24 +50,32 @@ class Member:
     content: bytes
 
 
-def read_index(path: Path, *, num_samples: int, sha256: str) -> NDArray[Any]:
-    """Read an index (structured array of INDEX_DTYPE, one entry a sample, in the tar's order) and check its digest."""
+def index_dtype(*, is_foreign: bool) -> np.dtype[Any]:
+    """The columns of an index: those of our own tars, or of tars that others wrote."""
+    return FOREIGN_INDEX_DTYPE if is_foreign else INDEX_DTYPE
+
+
+def read_index(path: Path, *, num_samples: int, sha256: str, is_foreign: bool = False) -> NDArray[Any]:
+    """Read an index (structured array, one entry a sample, in the tar's order) and check its digest."""
+    dtype = index_dtype(is_foreign=is_foreign)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ShardError(f"{path}: the index cannot be read: {error.strerror}; {REMEDY}") from error
-    expected_bytes = num_samples * INDEX_DTYPE.itemsize
+    expected_bytes = num_samples * dtype.itemsize
     if len(content) != expected_bytes:
         raise ShardError(
             f"{path}: the index holds {len(content)} bytes, expected {expected_bytes} for {num_samples} samples; {REMEDY}"
         )
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ShardError(f"{path}: the index has changed (its sha256 differs from the manifest); {REMEDY}")
-    return np.frombuffer(content, dtype=INDEX_DTYPE)
+    return np.frombuffer(content, dtype=dtype)
 
 
 def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
     """Read one image with its key: a single `pread` of its tar header and its bytes, checked against the crc32.
+
+    The key comes from the index where that holds it, else from the header.
 
     `entry` is one row of the index. Raises ShardError for a cut shard, a header that is not one, or a changed byte.
     """
@@ -63,7 +85,7 @@ def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
         raise ShardError(
             f"{shard_path}: ends inside the sample at offset {offset}: {length} bytes expected, the shard is cut short; {REMEDY}"
         )
-    sample_key = _key_of_header(block[:HEADER_BYTES], offset, shard_path)
+    sample_key = _key_of_entry(entry) or _key_of_header(block[:HEADER_BYTES], offset, shard_path)
     content = block[HEADER_BYTES:]
     if zlib.crc32(content) != int(entry["crc32"]):
         raise ShardError(
@@ -73,9 +95,21 @@ def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
 
 
 def read_key(descriptor: int, entry: Any, *, shard_path: Path) -> str:
-    """Read only the key of a sample, from its tar header."""
+    """Read only the key of a sample, from the index where that holds it, else from its tar header."""
+    if sample_key := _key_of_entry(entry):
+        return sample_key
     offset = int(entry["offset"])
     return _key_of_header(os.pread(descriptor, HEADER_BYTES, offset - HEADER_BYTES), offset, shard_path)
+
+
+def keys_of_index(index: NDArray[Any]) -> list[str]:
+    """The keys of a foreign tar's samples; it is not touched."""
+    return [key.tobytes().hex() for key in index["key"]]
+
+
+def _key_of_entry(entry: Any) -> str:
+    """The key that a row of a foreign tar's index holds; empty for a row of our own."""
+    return entry["key"].tobytes().hex() if entry.dtype == FOREIGN_INDEX_DTYPE else ""
 
 
 def _key_of_header(header: bytes, offset: int, shard_path: Path) -> str:
@@ -97,9 +131,13 @@ def split_member_name(name: str) -> tuple[str, str]:
 def read_metadata(descriptor: int, index: NDArray[Any], member_index: int) -> dict[str, Any]:
     """Read what a sample's KEY.json holds; empty where it has none.
 
-    A sample's members stand together, so it lies between the image before and the image after.
+    The index of a foreign tar says where it lies. In our own a sample's members stand together: it lies between the image before
+    and the image after.
     """
-    key = read_key(descriptor, index[member_index], shard_path=Path("shard"))
+    entry = index[member_index]
+    if index.dtype == FOREIGN_INDEX_DTYPE:
+        return _read_json(descriptor, int(entry["metadata_offset"]), int(entry["metadata_length"]))
+    key = read_key(descriptor, entry, shard_path=Path("shard"))
     first = _end_of_image(index[member_index - 1]) if member_index else 0
     last = int(index[member_index + 1]["offset"]) if member_index + 1 < len(index) else os.fstat(descriptor).st_size
     position = first
@@ -109,10 +147,19 @@ def read_metadata(descriptor: int, index: NDArray[Any], member_index: int) -> di
         except tarfile.HeaderError:
             break  # the zeros at the end of the tar
         if split_member_name(header.name) == (key, "json"):
-            content = json.loads(os.pread(descriptor, header.size, position + HEADER_BYTES))
-            return content if isinstance(content, dict) else {"content": content}
+            return _read_json(descriptor, position + HEADER_BYTES, header.size)
         position += HEADER_BYTES + -(-header.size // HEADER_BYTES) * HEADER_BYTES
     return {}
+
+
+def _read_json(descriptor: int, offset: int, num_bytes: int) -> dict[str, Any]:
+    if num_bytes == 0:
+        return {}
+    try:
+        content = json.loads(os.pread(descriptor, num_bytes, offset))
+    except ValueError as error:
+        raise ShardError(f"the metadata at offset {offset} of a shard is not JSON: {error}; {REMEDY}") from None
+    return content if isinstance(content, dict) else {"content": content}
 
 
 def _end_of_image(entry: Any) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
@@ -22,7 +24,11 @@ class ManifestError(UserError):
 
 
 class Shard(BaseModel):
-    """One tar of samples, as the manifest describes it. `name` is a plain file name; the index lies beside it as `.idx`."""
+    """One tar of samples, as the manifest describes it. `name` is a plain file name; the index lies beside it as `.idx`.
+
+    A foreign shard is a tar that others wrote, of which the index lists the samples of this split: `url` says where it lies, and
+    of `name` only the index is there. For our own shards `url` is None, and then it is not written.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -32,10 +38,34 @@ class Shard(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     index_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     class_counts: dict[str, int]
+    url: str | None = Field(default=None, pattern=r"^file:///")
 
     @property
     def index_name(self) -> str:
         return f"{self.name.removesuffix('.tar')}.idx"
+
+    @property
+    def is_foreign(self) -> bool:
+        return self.url is not None
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """What of this shard lies beside the manifest."""
+        return (self.index_name,) if self.is_foreign else (self.name, self.index_name)
+
+    def tar_path(self, split_dir: Path) -> Path:
+        """Where the tar lies: beside the manifest, or where its url says."""
+        if self.url is None:
+            return split_dir / self.name
+        return Path(os.fsdecode(unquote_to_bytes(self.url.removeprefix("file://"))))
+
+    @model_serializer(mode="wrap")
+    def _without_absent_url(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Manifests from before there were foreign shards keep their bytes.
+        content: dict[str, Any] = serialize(self)
+        if self.url is None:
+            content.pop("url", None)
+        return content
 
 
 class Manifest(BaseModel):
@@ -65,8 +95,8 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """The sha256 of the content: what a checkpoint and the history remember a split by."""
-        return digest(self.model_dump(mode="json"))
+        """The sha256 of the content: what a checkpoint and the history remember a split by. Where foreign tars lie is no part of it."""
+        return digest(self.model_dump(mode="json", exclude={"shards": {"__all__": {"url"}}}))
 
     def counts_of_classes(self, num_classes: int) -> list[int]:
         """Samples of each class index, 0 for classes that this split does not hold."""

@@ -183,6 +183,10 @@ def _remarks(account: Account) -> list[str]:
             remarks.append(
                 f"{len(groups.disagreeing):,} of these groups stand under several classes, listed in report.json, first {', '.join(groups.disagreeing[0][:10])}"
             )
+    if num_foreign := sum(shard.is_foreign for manifest in account.manifests for shard in manifest.shards):
+        remarks.append(
+            f"{num_foreign:,} shards are indexes onto tars that others wrote; the tars stay where the manifests say, and are no part of this folder"
+        )
     use = account.metadata
     if use is not None and use.unmatched:
         number, image_path = use.unmatched[0]

@@ -22,6 +22,8 @@ from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_free_place
 from aplantida_dist.shards.record import LeftOut, Record
 from aplantida_dist.shards.source import Source
+from aplantida_dist.shards.tar_index import require_unchanged
+from aplantida_dist.shards.views import separate_views
 from aplantida_dist.shards.writer import Sample, ShardLimits, write_split
 
 
@@ -50,10 +52,10 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
     """Build a dataset from what a source lists, whole or not at all; returns the account of it.
 
     Two passes over the files: the first decodes and hashes each, the second writes those that stay. No picture is held
-    between them, so memory grows by the names and the metadata only.
+    between them, so memory grows by the names and the metadata only. Pictures in tars that others wrote stay there and are indexed.
     """
     dataset_dir = dataset_dir.absolute()
-    _require_apart(source.pictures_dir, dataset_dir)
+    _require_apart(source.picture_paths, dataset_dir)
     require_free_place(dataset_dir, replace=options.replace)
     if not source.records:
         raise BuildError(_told_of_nothing(source))
@@ -74,7 +76,7 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
             num_files=len(source.records) + len(source.outside),
             class_names=class_map.class_names,
             classes_without_samples=tuple(sorted(set(source.class_names) - set(class_map.class_names))),
-            manifests=tuple(_write(of_split, partial_dir, class_map=class_map, options=options)),
+            manifests=tuple(_write(of_split, partial_dir, source=source, class_map=class_map, options=options)),
             left_out=left_out,
             licence_counts=_licence_counts_of(candidates),
             metadata=source.metadata,
@@ -82,26 +84,31 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
             groups=None if options.near_distance is None else _use_of_groups(groups, distance=options.near_distance),
         )
         save_account(account, partial_dir)
+        require_unchanged(source.tars)
     return account
 
 
-def _require_apart(pictures_dir: Path, dataset_dir: Path) -> None:
+def _require_apart(picture_paths: Sequence[Path], dataset_dir: Path) -> None:
     """The dataset must not lie among the pictures, nor the pictures inside a dataset that a replacement would delete."""
-    source, out = pictures_dir.resolve(), dataset_dir.resolve()
-    if source == out or source in out.parents or out in source.parents:
-        raise BuildError(
-            f"{dataset_dir}: lies inside {pictures_dir}, or around it; choose an --out that is apart from the pictures"
-        )
+    out = dataset_dir.resolve()
+    for path in picture_paths:
+        source = path.resolve()
+        if source == out or source in out.parents or out in source.parents:
+            raise BuildError(
+                f"{dataset_dir}: lies inside {path}, or around it; choose an --out that is apart from the pictures"
+            )
 
 
 def _told_of_nothing(source: Source) -> str:
     if source.counted == "files":
-        return f"{source.pictures_dir}: no class folder with a file in it; give one folder of pictures a class"
+        return f"{source.where}: no class folder with a file in it; give one folder of pictures a class"
     example = f", first {source.outside[0].source}: {source.outside[0].detail}" if source.outside else ""
-    return (
-        f"{source.pictures_dir}: holds the picture of none of {len(source.outside)} records in {source.name}{example}; "
-        "give their folder as --image-dir"
-    )
+    if source.counted == "records":
+        return (
+            f"{source.where}: holds the picture of none of {len(source.outside)} records in {source.name}{example}; "
+            "give their folder as --image-dir"
+        )
+    return f"{source.where}: not one of {len(source.outside)} {source.counted} can be used{example}; check the source"
 
 
 def _natural_order(left_out: LeftOut) -> list[str | int]:
@@ -206,32 +213,39 @@ def _class_map_of(of_split: dict[str, list[Candidate]], source: Source, *, left_
             f"{reason} {count:,}" for reason, count in Counter(one.reason for one in left_out).most_common()
         )
         raise BuildError(
-            f"{source.pictures_dir}: not one picture of {empty[0]} can be used (left out: {reasons or 'nothing'}); "
+            f"{source.where}: not one picture of {empty[0]} can be used (left out: {reasons or 'nothing'}); "
             "check the source, and try one file with an image viewer"
         )
     classes = {split: {member.record.class_name for member in members} for split, members in of_split.items()}
     unknown = sorted(set().union(*classes.values()) - classes["train"])
     if unknown:
         raise BuildError(
-            f"{source.pictures_dir}: no usable picture is left in train for {len(unknown)} classes of val or test ({', '.join(unknown[:10])}); "
+            f"{source.where}: no usable picture is left in train for {len(unknown)} classes of val or test ({', '.join(unknown[:10])}); "
             "add train pictures of them that are in no other split, or remove these classes"
         )
     return ClassMap(tuple(sorted(classes["train"])))
 
 
 def _write(
-    of_split: dict[str, list[Candidate]], dataset_dir: Path, *, class_map: ClassMap, options: BuildOptions
+    of_split: dict[str, list[Candidate]],
+    dataset_dir: Path,
+    *,
+    source: Source,
+    class_map: ClassMap,
+    options: BuildOptions,
 ) -> Iterator[Manifest]:
     for split, members in of_split.items():
-        samples = read_samples(members, class_map)
+        written, views = separate_views(members, source.tars, index_of=class_map.index_of)
+        samples = read_samples(written, class_map)
         stated = [member.record.licence for member in members]
         yield write_split(
-            with_pace(samples, total=len(members), doing=f"writing {split}"),
+            with_pace(samples, total=len(written), doing=f"writing {split}"),
             dataset_dir / split,
             split=split,
             class_map_digest=class_map.digest,
             limits=options.limits,
             licence=strictest(licence or UNKNOWN for licence in stated).name if any(stated) else None,
+            views=views,
         )
 
 

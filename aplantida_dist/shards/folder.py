@@ -58,7 +58,7 @@ def read_folder(folder_dir: Path) -> Source:
     unmatched = tuple(sorted((number, image_path) for image_path, (number, _) in lines.items()))
     return Source(
         name=folder_dir.name,
-        pictures_dir=folder_dir,
+        picture_paths=(folder_dir,),
         counted="files",
         records=tuple(sorted(records, key=lambda record: record.source)),
         outside=tuple(LeftOut(source, None, "outside_classes", "", None) for source in outside),

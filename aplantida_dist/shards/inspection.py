@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aplantida_dist.data.index import IMAGE_SUFFIXES, INDEX_DTYPE, split_member_name
+from aplantida_dist.data.index import IMAGE_SUFFIXES, index_dtype, split_member_name
 from aplantida_dist.data.manifest import Shard
 from aplantida_dist.files import sha256_of_file
 from aplantida_dist.shards.members import read_tar_members
@@ -64,10 +64,10 @@ def inspect_shard(
     Without `num_classes` (the class map is itself damaged) labels are compared with the index only.
     """
     path, place = split_dir / shard.name, f"{split_dir.name}/{shard.name}"
-    index, index_damages = _check_index(split_dir, shard)
+    index, index_damages = check_index(split_dir, shard)
     if not path.is_file():
         return ShardFinding(place, (), False, (Damage(place, "missing"), *index_damages))
-    faults = _faults_of_bytes(path, shard, name_of_sha256)
+    faults = faults_of_bytes(path, shard, name_of_sha256)
     tar = read_tar_members(path)
     samples = list(_read_samples(path, tar.members))
     faults += [tar.fault] if tar.fault else _faults_of_counts(samples, shard)
@@ -79,20 +79,22 @@ def inspect_shard(
     return ShardFinding(place, keys, tar.fault is None, (*(Damage(place, fault) for fault in faults), *index_damages))
 
 
-def _check_index(split_dir: Path, shard: Shard) -> tuple[NDArray[Any] | None, list[Damage]]:
+def check_index(split_dir: Path, shard: Shard) -> tuple[NDArray[Any] | None, list[Damage]]:
     """Read an index as far as it is one; a changed index is still compared, so that the report says what changed."""
     path, place = split_dir / shard.index_name, f"{split_dir.name}/{shard.index_name}"
     if not path.is_file():
         return None, [Damage(place, "missing")]
-    content, expected_bytes = path.read_bytes(), shard.num_samples * INDEX_DTYPE.itemsize
+    dtype = index_dtype(is_foreign=shard.is_foreign)
+    content, expected_bytes = path.read_bytes(), shard.num_samples * dtype.itemsize
     if len(content) != expected_bytes:
         return None, [Damage(place, f"holds {len(content)} bytes, expected {expected_bytes}")]
     changed = hashlib.sha256(content).hexdigest() != shard.index_sha256
     damages = [Damage(place, "its sha256 is not the manifest's")] if changed else []
-    return np.frombuffer(content, dtype=INDEX_DTYPE), damages
+    return np.frombuffer(content, dtype=dtype), damages
 
 
-def _faults_of_bytes(path: Path, shard: Shard, name_of_sha256: dict[str, str]) -> list[str]:
+def faults_of_bytes(path: Path, shard: Shard, name_of_sha256: dict[str, str]) -> list[str]:
+    """What of a tar's size and digest is not the manifest's; a tar that belongs elsewhere in the split is named."""
     num_bytes, sha256 = path.stat().st_size, sha256_of_file(path)
     if sha256 == shard.sha256:
         return []
@@ -140,14 +142,15 @@ def _read_sample(descriptor: int, sample_key: str, files: list[TarInfo]) -> _Fou
     label = int(label_text) if label_text.isdigit() else -1
     if label < 0:
         faults.append("no class index in KEY.cls")
-    if not _is_json_object(contents.get("json", b"")):
+    if not is_json_object(contents.get("json", b"")):
         faults.append("no JSON object in KEY.json")
     offset, length = (images[0].offset_data, images[0].size) if images else (0, 0)
     crc32 = zlib.crc32(os.pread(descriptor, length, offset))
     return _FoundSample(sample_key, offset, length, crc32, label, tuple(faults))
 
 
-def _is_json_object(content: bytes) -> bool:
+def is_json_object(content: bytes) -> bool:
+    """Whether bytes are the JSON of an object."""
     try:
         return isinstance(json.loads(content), dict)
     except ValueError:
@@ -155,16 +158,23 @@ def _is_json_object(content: bytes) -> bool:
 
 
 def _faults_of_samples(samples: list[_FoundSample], index: NDArray[Any] | None, num_classes: int | None) -> list[str]:
-    """What is wrong with single samples, gathered by kind, so that a thousand equal faults make one line."""
-    keys_of_fault: defaultdict[str, list[str]] = defaultdict(list)
+    faults_of_key = []
     for number, sample in enumerate(samples):
         faults = list(sample.faults)
         if num_classes is not None and sample.label >= num_classes:
             faults.append(f"a label is none of the {num_classes} classes")
         if index is not None:
             faults += _differences(sample, index[number])
+        faults_of_key.append((sample.sample_key, faults))
+    return gather_faults(faults_of_key)
+
+
+def gather_faults(faults_of_key: Iterable[tuple[str, list[str]]]) -> list[str]:
+    """What is wrong with single samples (sample key, its faults), by kind, so that a thousand equal faults make one line."""
+    keys_of_fault: defaultdict[str, list[str]] = defaultdict(list)
+    for key, faults in faults_of_key:
         for fault in faults:
-            keys_of_fault[fault].append(sample.sample_key)
+            keys_of_fault[fault].append(key)
     return [f"{fault} ({len(keys)} samples, first {keys[0]})" for fault, keys in keys_of_fault.items()]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from aplantida_dist.data.manifest import SPLITS
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
+from aplantida_dist.shards.class_names import class_name_of
 from aplantida_dist.shards.licence import Licence, licence_of
 from aplantida_dist.shards.lines import Line, LineError, read_lines
 from aplantida_dist.shards.place import Place
@@ -62,7 +62,7 @@ def read_jsonl(records_path: Path, image_dir: Path) -> Source:
     _require_one_kind(records_path, tally)
     return Source(
         name=name,
-        pictures_dir=image_dir,
+        picture_paths=(image_dir,),
         counted="records",
         records=tuple(records),
         outside=tuple(missing),
@@ -74,7 +74,7 @@ def read_jsonl(records_path: Path, image_dir: Path) -> Source:
 
 def _class_name_of(line: Line, tally: _Tally) -> str:
     """The class of a record: one text in memory for all its records."""
-    class_name = unicodedata.normalize("NFC", " ".join(_text(line, "latin_name").split()))
+    class_name = class_name_of(_text(line, "latin_name"))
     if not class_name:
         raise LineError(f"{line.place}: no 'latin_name', which is the class; correct the line or remove it")
     return tally.class_names.setdefault(class_name, class_name)

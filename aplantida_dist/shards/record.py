@@ -20,6 +20,10 @@ Reason = Literal[
     "duplicate",
     "leak",
     "conflicting_labels",
+    "no_sample",
+    "not_one_image",
+    "no_label",
+    "bad_metadata",
 ]
 
 MEANING_OF_REASON: dict[Reason, str] = {
@@ -34,6 +38,10 @@ MEANING_OF_REASON: dict[Reason, str] = {
     "duplicate": "same bytes as a sample of the same split",
     "leak": "same bytes as a sample of another split, which keeps it, or nearly the same look",
     "conflicting_labels": "same bytes under several classes",
+    "no_sample": "a member of a tar whose name makes it part of no sample",
+    "not_one_image": "a sample of a tar with no image or with several",
+    "no_label": "a sample of a tar with neither a latin_name nor a .cls",
+    "bad_metadata": "a sample of a tar whose .json or .cls cannot be understood",
 }
 """Every reason for which a record is left out, in the order of the report."""
 
@@ -42,7 +50,7 @@ MEANING_OF_REASON: dict[Reason, str] = {
 class Record:
     """One picture as its source describes it.
 
-    `place` is where its bytes lie; `source` names it in reports: a relative path with '/' between its parts, or FILE:LINE; valid UTF-8.
+    `place` is where its bytes lie; `source` names it in reports: a relative path with '/' between its parts, FILE:LINE or TAR:MEMBER; valid UTF-8.
     `split` is None where the builder is to decide. `metadata` is the canonical JSON that becomes KEY.json: bytes, since a
     million dictionaries are 1 GB. `licence` is None where the source states none.
     """

@@ -21,6 +21,7 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.shards.inspection import Damage, ShardFinding, inspect_shard
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import DATASET_ENTRIES
+from aplantida_dist.shards.view_inspection import inspect_view
 
 OPTIONAL_ENTRIES = frozenset({"val", "test"})
 
@@ -88,7 +89,9 @@ def _check_split(dataset_dir: Path, split: str, class_map: ClassMap | None) -> _
     name_of_sha256 = {shard.sha256: shard.name for shard in manifest.shards}
     num_classes = None if class_map is None else class_map.num_classes
     shards = tuple(
-        inspect_shard(split_dir, shard, name_of_sha256=name_of_sha256, num_classes=num_classes)
+        inspect_view(split_dir, shard, num_classes=num_classes)
+        if shard.is_foreign
+        else inspect_shard(split_dir, shard, name_of_sha256=name_of_sha256, num_classes=num_classes)
         for shard in with_pace(manifest.shards, total=len(manifest.shards), doing=f"verifying shards of {split}")
     )
     if all(shard.is_whole for shard in shards) and _identity_digest_of(shards) != manifest.identity_digest:
@@ -105,7 +108,7 @@ def _identity_digest_of(shards: Iterable[ShardFinding]) -> str:
 
 
 def _extra_names(split_dir: Path, manifest: Manifest) -> set[str]:
-    known = {MANIFEST_FILE} | {name for shard in manifest.shards for name in (shard.name, shard.index_name)}
+    known = {MANIFEST_FILE} | {name for shard in manifest.shards for name in shard.file_names}
     return {entry.name for entry in split_dir.iterdir()} - known
 
 

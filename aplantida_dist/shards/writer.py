@@ -7,7 +7,7 @@ import os
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from aplantida_dist.data.index import INDEX_DTYPE
+from aplantida_dist.data.index import INDEX_DTYPE, keys_of_index
 from aplantida_dist.data.manifest import Manifest, Shard, identity_of, make_manifest, save_manifest
 from aplantida_dist.errors import UserError
+from aplantida_dist.shards.views import View
 
 MEMBER_MODE = 0o644
 
@@ -59,10 +60,11 @@ def write_split(
     class_map_digest: str,
     limits: ShardLimits,
     licence: str | None = None,
+    views: Sequence[View] = (),
 ) -> Manifest:
     """Write the samples of a split, in the order in which they come, into a new folder; returns its manifest.
 
-    One sample is held at a time. Every file is synced to disk; a disk that is full or read-only is a WriterError.
+    One sample is held at a time. After the shards come the indexes of the views, whose tars stay where they are. Every file is synced to disk; a disk that is full or read-only is a WriterError.
     """
     shards: list[Shard] = []
     identity_sum = 0
@@ -80,6 +82,9 @@ def write_split(
         if open_shard is not None:
             shards.append(open_shard.finish())
             open_shard = None
+        for view in views:
+            shards.append(_write_view(view, split_dir / f"shard-{len(shards):06d}.tar"))
+            identity_sum += sum(map(identity_of, keys_of_index(view.index)))
     except OSError as error:
         raise WriterError(
             f"{split_dir}: could not be written: {error.strerror}; make room or choose another --out"
@@ -132,14 +137,13 @@ class _OpenShard:
         os.fsync(self.file.fileno())
         self.file.close()
         index = np.array(self.entries, dtype=INDEX_DTYPE)
-        counts: Counter[int] = Counter(label for _, _, _, label in self.entries)
         shard = Shard(
             name=self.path.name,
             num_samples=len(self.entries),
             bytes=self.num_bytes,
             sha256=self.sha256.hexdigest(),
             index_sha256=hashlib.sha256(index.tobytes()).hexdigest(),
-            class_counts={str(label): counts[label] for label in sorted(counts)},
+            class_counts=_class_counts_of(index),
         )
         _write_index(index, self.path.with_name(shard.index_name))
         return shard
@@ -163,6 +167,26 @@ class _OpenShard:
         self.file.write(content)
         self.sha256.update(content)
         self.num_bytes += len(content)
+
+
+def _write_view(view: View, path: Path) -> Shard:
+    """Write the index of a tar that others wrote, and describe both. `path` is where the tar would lie if it were ours."""
+    shard = Shard(
+        name=path.name,
+        num_samples=len(view.index),
+        bytes=view.tar.num_bytes,
+        sha256=view.tar.sha256,
+        index_sha256=hashlib.sha256(view.index.tobytes()).hexdigest(),
+        class_counts=_class_counts_of(view.index),
+        url=Path(view.tar.path).as_uri(),
+    )
+    _write_index(view.index, path.with_name(shard.index_name))
+    return shard
+
+
+def _class_counts_of(index: np.ndarray[Any, np.dtype[Any]]) -> dict[str, int]:
+    counts = Counter(index["label"].tolist())
+    return {str(label): counts[label] for label in sorted(counts)}
 
 
 def _members_of(sample: Sample) -> tuple[tuple[str, bytes], ...]:
