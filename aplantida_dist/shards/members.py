@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import tarfile
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from pathlib import Path
 from tarfile import TarInfo
 from typing import Self
 
+WINDOW_BYTES = 4096
 _PLAIN_HEADER = re.compile(
     rb"(?P<name>.{100}).{24}(?P<size>[0-7]{11})[\0 ].{12}(?P<checksum>[0-7]{6})[\0 ]."
     rb"0.{100}ustar.{83}\0.{166}",
@@ -34,7 +37,10 @@ def read_tar_members(path: Path) -> TarMembers:
     members: list[TarInfo] = []
     end, fault = 0, None
     try:
-        with tarfile.open(path, "r:", tarinfo=_QuickTarInfo, encoding="utf-8") as tar:
+        with (
+            path.open("rb", buffering=0) as file,
+            tarfile.open(fileobj=_ByPosition(file), mode="r:", tarinfo=_QuickTarInfo, encoding="utf-8") as tar,
+        ):
             for member in tar:
                 members.append(member)
                 end = tar.offset
@@ -54,6 +60,31 @@ def _fault_of_end(path: Path, end: int) -> str | None:
     if len(rest) < 2 * tarfile.BLOCKSIZE:
         return f"is cut at byte {end}: the end mark of the tar is missing"
     return None
+
+
+class _ByPosition(io.RawIOBase):
+    """A file for tarfile, which seeks, tells and reads five times a member: the system is asked once for neighbouring headers."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._descriptor = file.fileno()
+        self._position = 0
+        self._window, self._window_start = b"", 0
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._position - self._window_start
+        if not 0 <= start <= len(self._window) - size:
+            self._window = os.pread(self._descriptor, max(size, WINDOW_BYTES), self._position)
+            self._window_start, start = self._position, 0
+        content = self._window[start : start + size]
+        self._position += len(content)
+        return content
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._position
 
 
 class _QuickTarInfo(TarInfo):

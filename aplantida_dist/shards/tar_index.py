@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aplantida_dist.data.index import FOREIGN_INDEX_DTYPE
+from aplantida_dist.data.index import FOREIGN_INDEX_DTYPE, KEY_BYTES
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import sha256_of_file
 from aplantida_dist.shards.members import read_tar_members
@@ -80,21 +80,20 @@ def require_unchanged(tars: Iterable[IndexedTar]) -> None:
 
 
 def _read_samples(path: Path, samples: list[TarSample]) -> tuple[NDArray[Any], list[FoundSample]]:
-    rows = np.zeros(len(samples), dtype=FOREIGN_INDEX_DTYPE)
-    found = []
+    rows: list[tuple[int, int, int, int, bytes, int, int]] = []
+    found: list[FoundSample] = []
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        for row, sample in zip(rows, samples, strict=True):
+        for sample in samples:
             image, metadata = sample.image, sample.metadata
-            row["offset"], row["length"] = image.offset_data, image.size
-            row["crc32"] = zlib.crc32(os.pread(descriptor, image.size, image.offset_data))
-            if metadata is not None:
-                row["metadata_offset"], row["metadata_length"] = metadata.offset_data, metadata.size
+            crc32 = zlib.crc32(os.pread(descriptor, image.size, image.offset_data))
+            where = (0, 0) if metadata is None else (metadata.offset_data, metadata.size)
+            rows.append((image.offset_data, image.size, crc32, 0, bytes(KEY_BYTES), *where))
             contents = (_read(descriptor, file) for file in (metadata, sample.label))
             found.append(FoundSample(text_of_name(image.name), image.offset_data, image.size, *contents))
     finally:
         os.close(descriptor)
-    return rows, found
+    return np.array(rows, dtype=FOREIGN_INDEX_DTYPE), found
 
 
 def _read(descriptor: int, file: TarInfo | None) -> bytes | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from tarfile import TarInfo
+from typing import NamedTuple
 
 from aplantida_dist.data.index import IMAGE_SUFFIXES, split_member_name
 from aplantida_dist.shards.audit import MAX_PICTURE_BYTES
@@ -42,17 +43,17 @@ def find_samples(members: Sequence[TarInfo]) -> tuple[list[TarSample], list[Misf
     run of neighbours holds an image, each is a sample, else all runs of the key are one sample whose members are interleaved
     with others. What a member is, its last suffix says, in any case of letters.
     """
-    runs_of_key: defaultdict[str, list[list[TarInfo]]] = defaultdict(list)
+    runs_of_key: defaultdict[str, list[list[_File]]] = defaultdict(list)
     misfits: list[Misfit] = []
-    for key, run in groupby((member for member in members if not member.isdir()), key=_key_of):
-        if key is None:
-            misfits += [Misfit(text_of_name(member.name), "no_sample", "") for member in run]
-        else:
+    for key, run in groupby((_file_of(member) for member in members if not member.isdir()), key=lambda file: file.key):
+        if key:
             runs_of_key[key].append(list(run))
+        else:
+            misfits += [Misfit(_names_of([file]), "no_sample", "") for file in run]
     samples: list[TarSample] = []
     for runs in runs_of_key.values():
-        stand_alone = all(any(_suffix_of(member) in IMAGE_SUFFIXES for member in run) for run in runs)
-        for files in runs if stand_alone else [[member for run in runs for member in run]]:
+        stand_alone = len(runs) == 1 or all(any(file.is_image for file in run) for run in runs)
+        for files in runs if stand_alone else [[file for run in runs for file in run]]:
             found = _sample_of(files)
             if isinstance(found, Misfit):
                 misfits.append(found)
@@ -61,35 +62,58 @@ def find_samples(members: Sequence[TarInfo]) -> tuple[list[TarSample], list[Misf
     return sorted(samples, key=lambda sample: sample.image.offset_data), misfits
 
 
-def _key_of(member: TarInfo) -> str | None:
-    """The key of a member's sample; None for a name without a dot, or with nothing before or after it."""
+class _File(NamedTuple):
+    """A member of a tar, the key of its sample and its last suffix; no key for a name without a dot, or with nothing on one side of it."""
+
+    key: str
+    suffix: str
+    member: TarInfo
+
+    @property
+    def is_image(self) -> bool:
+        return self.suffix in IMAGE_SUFFIXES
+
+
+def _file_of(member: TarInfo) -> _File:
     key, extension = split_member_name(member.name)
-    return key if extension and key.rpartition("/")[2] else None
+    has_key = extension and key and not key.endswith("/")
+    return _File(key if has_key else "", extension.rpartition(".")[2], member)
 
 
-def _suffix_of(member: TarInfo) -> str:
-    return split_member_name(member.name)[1].rpartition(".")[2]
-
-
-def _sample_of(files: list[TarInfo]) -> TarSample | Misfit:
-    images = [file for file in files if _suffix_of(file) in IMAGE_SUFFIXES]
-    metadata, labels = ([file for file in files if _suffix_of(file) == suffix] for suffix in ("json", "cls"))
-    name = text_of_name((images or files)[0].name)
+def _sample_of(files: list[_File]) -> TarSample | Misfit:
+    images = [file for file in files if file.is_image]
     if len(images) != 1:
-        return Misfit(name, "not_one_image", _names_of(images) or f"only {_names_of(files)}")
-    for file in (*images, *metadata, *labels):
-        if not file.isreg() or file.issparse():
-            reason: Reason = "not_one_image" if file in images else "bad_metadata"
-            return Misfit(name, reason, f"{text_of_name(file.name)} is a link, or no plain file")
-    if images[0].size > MAX_PICTURE_BYTES:
-        return Misfit(name, "too_large", f"{images[0].size} bytes, at most {MAX_PICTURE_BYTES} are read")
-    for described in (metadata, labels):
-        if len(described) > 1:
-            return Misfit(name, "bad_metadata", f"several: {_names_of(described)}")
-        if described and described[0].size > MAX_METADATA_BYTES:
-            return Misfit(name, "bad_metadata", f"{_names_of(described)} is longer than {MAX_METADATA_BYTES} bytes")
-    return TarSample(images[0], metadata[0] if metadata else None, labels[0] if labels else None)
+        names = _names_of(images) or f"only {_names_of(files)}"
+        return Misfit(_names_of((images or files)[:1]), "not_one_image", names)
+    metadata, labels = ([file for file in files if file.suffix == suffix] for suffix in ("json", "cls"))
+    if fault := _fault_of_image(images[0].member) or _fault_of_text(metadata) or _fault_of_text(labels):
+        return Misfit(_names_of(images), *fault)
+    return TarSample(images[0].member, metadata[0].member if metadata else None, labels[0].member if labels else None)
 
 
-def _names_of(files: list[TarInfo]) -> str:
-    return ", ".join(text_of_name(file.name) for file in files)
+def _fault_of_image(image: TarInfo) -> tuple[Reason, str] | None:
+    if not _is_plain(image):
+        return "not_one_image", "it is a link, or no plain file"
+    if image.size > MAX_PICTURE_BYTES:
+        return "too_large", f"{image.size} bytes, at most {MAX_PICTURE_BYTES} are read"
+    return None
+
+
+def _fault_of_text(files: list[_File]) -> tuple[Reason, str] | None:
+    """What is wrong with the .json, or the .cls, of a sample, which may have none."""
+    if len(files) > 1:
+        return "bad_metadata", f"several: {_names_of(files)}"
+    for file in files:
+        if not _is_plain(file.member):
+            return "bad_metadata", f"{_names_of(files)} is a link, or no plain file"
+        if file.member.size > MAX_METADATA_BYTES:
+            return "bad_metadata", f"{_names_of(files)} is longer than {MAX_METADATA_BYTES} bytes"
+    return None
+
+
+def _is_plain(member: TarInfo) -> bool:
+    return member.isreg() and not member.issparse()
+
+
+def _names_of(files: Sequence[_File]) -> str:
+    return ", ".join(text_of_name(file.member.name) for file in files)

@@ -134,21 +134,22 @@ def read_tars(urls: str, *, class_names: tuple[str, ...] | None) -> Source:
 
 
 def _record_of(sample: FoundSample, *, place: Place, source: str, classes: _Classes, splits: _Splits) -> Record:
-    content = _content_of(sample.metadata)
+    content, word, metadata = _parsed(sample.metadata)
     class_name = classes.name_of(_latin_name_of(content), _label_of(sample.label), place=source)
-    split = splits.split_of(content.pop("split", None), place=source)
-    return Record(place, source, class_name, split, canonical_json(content), licence_of(content))
+    return Record(place, source, class_name, splits.split_of(word, place=source), metadata, licence_of(content))
 
 
-def _content_of(metadata: bytes | None) -> dict[str, Any]:
+def _parsed(metadata: bytes | None) -> tuple[dict[str, Any], Any, bytes]:
+    """What a .json holds without its `split`, that split, and the canonical bytes of the first."""
     try:
         content = {} if metadata is None else json.loads(metadata)
-        canonical_json(content)
+        word = content.pop("split", None) if isinstance(content, dict) else None
+        canonical = canonical_json(content)
     except (ValueError, RecursionError) as error:
         raise _UnusableSampleError("bad_metadata", f"its .json is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise _UnusableSampleError("bad_metadata", f"its .json holds {type(content).__name__}, expected an object")
-    return content
+    return content, word, canonical
 
 
 def _latin_name_of(content: dict[str, Any]) -> str:
