@@ -1,15 +1,16 @@
-"""Build a dataset: shards, indexes and manifests out of a folder of pictures, or out of records and their pictures."""
+"""Build a dataset: shards, indexes and manifests out of a folder of pictures, of records and their pictures, or of another dataset."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
 from aplantida_dist.command import CommandParser, run_command
 from aplantida_dist.errors import UserError
-from aplantida_dist.shards.account import to_text
+from aplantida_dist.shards.account import Account, to_text
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.groups import MAX_DISTANCE
@@ -17,12 +18,15 @@ from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.licence import parse_requirement
 from aplantida_dist.shards.placement import require_free_place
 from aplantida_dist.shards.source import Source
+from aplantida_dist.shards.subset import SubsetOptions, build_subset
+from aplantida_dist.shards.where import parse_condition
 from aplantida_dist.shards.writer import ShardLimits
 
 EXAMPLE = """\
 example:
   python shards/build.py --from-folder my_pictures --out shards/mine
   python shards/build.py --from-jsonl records.jsonl --image-dir pictures --require-license commercial --out shards/mine
+  python shards/build.py --from-dataset shards/global --where region=EU_SW --out shards/eu_sw
 
 my_pictures holds one folder a class, or train/, val/ (or validation/) and test/ with one folder a class in each.
 A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept with each sample as KEY.json.
@@ -30,15 +34,34 @@ A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept 
 records.jsonl holds one JSON object a line: `latin_name` (the class) and `image_url` or `image_path`; further plant_id, common_name,
 image_source, license, attribution, region, country, which are kept, and `split` (train, val, validation or test) in all lines or none.
 The picture of a URL lies in pictures as md5(url).jpg (.jpeg, .png, .webp), an image_path is relative to pictures.
+
+--from-dataset makes a subset: every photograph keeps its split, its bytes and its metadata, and the subset names its parent by digest.
+--where FIELD=VALUE[,VALUE…] compares a field of KEY.json, as text, exactly (a value with a comma stands in double quotes);
+FIELD!=VALUE is its opposite, also met where the field is absent. Given several times, all must hold.
 """
+
+OF_SUBSETS = frozenset(
+    "--from-dataset --where --classes --require-license --out --replace --shard-samples --shard-bytes".split()
+)
+"""The options that go with --from-dataset; all others speak of pictures that are still to be audited and split."""
 
 
 def main() -> None:
     options = _parser().parse_args()
+    account = _build(options) if options.from_dataset is None else _build_subset(options)
+    print(to_text(account))
+    print(f"report: {options.out / 'report.md'}")
+
+
+def _build(options: argparse.Namespace) -> Account:
+    if options.where or options.classes is not None:
+        raise UserError(
+            "--where and --classes belong to --from-dataset; leave them out, or give a dataset to select from"
+        )
     requirement = parse_requirement(options.require_license)
     # Before the source is read: a million records take half a minute.
     require_free_place(options.out, replace=options.replace)
-    account = build_dataset(
+    return build_dataset(
         _read_source(options),
         options.out,
         options=BuildOptions(
@@ -51,8 +74,27 @@ def main() -> None:
             near_distance=options.near_duplicates,
         ),
     )
-    print(to_text(account))
-    print(f"report: {options.out / 'report.md'}")
+
+
+def _build_subset(options: argparse.Namespace) -> Account:
+    # The parser knows no abbreviations and no short options, so what begins with -- is an option.
+    given = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    for option in given:
+        if option not in OF_SUBSETS:
+            raise UserError(
+                f"{option} does not go with --from-dataset, whose photographs are audited and split already; leave it out"
+            )
+    return build_subset(
+        options.from_dataset,
+        options.out,
+        options=SubsetOptions(
+            conditions=tuple(parse_condition(text) for text in options.where),
+            limits=ShardLimits(num_samples=options.shard_samples, num_bytes=options.shard_bytes),
+            replace=options.replace,
+            licence=parse_requirement(options.require_license),
+            classes_path=options.classes,
+        ),
+    )
 
 
 def _read_source(options: argparse.Namespace) -> Source:
@@ -71,6 +113,20 @@ def _parser() -> CommandParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from-folder", type=Path, metavar="DIR", help="the folder of pictures")
     source.add_argument("--from-jsonl", type=Path, metavar="FILE", help="records of pictures, one JSON object a line")
+    source.add_argument("--from-dataset", type=Path, metavar="DATASET", help="a dataset to make a subset of")
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE[,VALUE…]",
+        help="what the photographs of --from-dataset must be, such as region=EU_SW or country!=US,CA; may be given several times",
+    )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="the classes that a subset may hold, one name a line (default: all)",
+    )
     parser.add_argument("--image-dir", type=Path, metavar="DIR", help="where the pictures of --from-jsonl lie")
     parser.add_argument(
         "--require-license",

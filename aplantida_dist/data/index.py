@@ -30,9 +30,10 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class Member:
-    """The image of one sample, as read from its shard."""
+    """The image of one sample, as read from its shard. `image_suffix` has no dot."""
 
     sample_key: str
+    image_suffix: str
     content: bytes
 
 
@@ -63,28 +64,28 @@ def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
         raise ShardError(
             f"{shard_path}: ends inside the sample at offset {offset}: {length} bytes expected, the shard is cut short; {REMEDY}"
         )
-    sample_key = _key_of_header(block[:HEADER_BYTES], offset, shard_path)
+    sample_key, image_suffix = _name_in_header(block[:HEADER_BYTES], offset, shard_path)
     content = block[HEADER_BYTES:]
     if zlib.crc32(content) != int(entry["crc32"]):
         raise ShardError(
             f"{shard_path}: sample {sample_key} at offset {offset} has changed (its crc32 differs from the index); {REMEDY}"
         )
-    return Member(sample_key, content)
+    return Member(sample_key, image_suffix, content)
 
 
 def read_key(descriptor: int, entry: Any, *, shard_path: Path) -> str:
     """Read only the key of a sample, from its tar header."""
     offset = int(entry["offset"])
-    return _key_of_header(os.pread(descriptor, HEADER_BYTES, offset - HEADER_BYTES), offset, shard_path)
+    return _name_in_header(os.pread(descriptor, HEADER_BYTES, offset - HEADER_BYTES), offset, shard_path)[0]
 
 
-def _key_of_header(header: bytes, offset: int, shard_path: Path) -> str:
-    """The sample key in a tar header: the member's name up to the first dot of its last component."""
+def _name_in_header(header: bytes, offset: int, shard_path: Path) -> tuple[str, str]:
+    """The (sample key, extension) of the member under a tar header."""
     try:
         name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
     except tarfile.HeaderError as error:
         raise ShardError(f"{shard_path}: no tar header before offset {offset}: {error}; {REMEDY}") from None
-    return split_member_name(name)[0]
+    return split_member_name(name)
 
 
 def split_member_name(name: str) -> tuple[str, str]:
@@ -95,13 +96,33 @@ def split_member_name(name: str) -> tuple[str, str]:
 
 
 def read_metadata(descriptor: int, index: NDArray[Any], member_index: int) -> dict[str, Any]:
-    """Read what a sample's KEY.json holds; empty where it has none.
+    """Read what a sample's KEY.json holds; empty where it has none. Raises ShardError where that is no JSON."""
+    raw = read_metadata_bytes(descriptor, index, member_index)
+    if not raw:
+        return {}
+    try:
+        content = json.loads(raw)
+    except ValueError as error:
+        key = read_key(descriptor, index[member_index], shard_path=Path("shard"))
+        raise ShardError(f"sample {key}: its KEY.json is no JSON: {error}; {REMEDY}") from None
+    return content if isinstance(content, dict) else {"content": content}
 
-    A sample's members stand together, so it lies between the image before and the image after.
+
+def read_metadata_bytes(descriptor: int, index: NDArray[Any], member_index: int) -> bytes:
+    """Read the bytes of a sample's KEY.json; none where it has none.
+
+    A sample's members stand together, so it lies between the image before and the image after: in our shards behind its own.
     """
-    key = read_key(descriptor, index[member_index], shard_path=Path("shard"))
-    first = _end_of_image(index[member_index - 1]) if member_index else 0
-    last = int(index[member_index + 1]["offset"]) if member_index + 1 < len(index) else os.fstat(descriptor).st_size
+    entry = index[member_index]
+    key = read_key(descriptor, entry, shard_path=Path("shard"))
+    before = _end_of_image(index[member_index - 1]) if member_index else 0
+    after = int(index[member_index + 1]["offset"]) if member_index + 1 < len(index) else os.fstat(descriptor).st_size
+    stretches = ((_end_of_image(entry), after), (before, int(entry["offset"]) - HEADER_BYTES))
+    return next((raw for first, last in stretches if (raw := _find_json(descriptor, key, first, last))), b"")
+
+
+def _find_json(descriptor: int, key: str, first: int, last: int) -> bytes:
+    """The content of KEY.json among the whole members from `first` to `last`; none where it is not there."""
     position = first
     while position + HEADER_BYTES <= last:
         try:
@@ -109,10 +130,9 @@ def read_metadata(descriptor: int, index: NDArray[Any], member_index: int) -> di
         except tarfile.HeaderError:
             break  # the zeros at the end of the tar
         if split_member_name(header.name) == (key, "json"):
-            content = json.loads(os.pread(descriptor, header.size, position + HEADER_BYTES))
-            return content if isinstance(content, dict) else {"content": content}
+            return os.pread(descriptor, header.size, position + HEADER_BYTES)
         position += HEADER_BYTES + -(-header.size // HEADER_BYTES) * HEADER_BYTES
-    return {}
+    return b""
 
 
 def _end_of_image(entry: Any) -> int:

@@ -37,17 +37,34 @@ class GroupsUse:
 
 
 @dataclass(frozen=True)
+class SelectionUse:
+    """What a subset asked of its parent, as it was written, and what that left.
+
+    `num_not_selected` samples were not asked for; they are counted and not listed. `absent_splits` are those of the parent of
+    which nothing stays. `num_without_field` counts samples of the parent that lack a field of a condition.
+    """
+
+    criteria: tuple[str, ...]
+    num_parent_classes: int
+    num_not_selected: int
+    num_without_field: dict[str, int]
+    untrained_classes: tuple[str, ...]
+    absent_splits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Account:
     """What a build did. Nothing in it depends on the clock, the machine, or where the folders lie.
 
-    `source_name` is the last part of the source's path. `num_files` is how many came in, of what `counted` says: files or records.
+    `source_name` is the last part of the source's path. `num_files` is how many came in, of what `counted` says: files, records, or samples of the parent.
+    `seed` is None and `selection` is not in a subset, which draws nothing by chance.
     `classes_without_samples` stood in the source, but nothing of them was usable. `licence_counts` has the samples of each
     licence, the most frequent first; it is empty where no sample states one.
     """
 
     source_name: str
     counted: str
-    seed: int
+    seed: int | None
     num_files: int
     class_names: tuple[str, ...]
     classes_without_samples: tuple[str, ...]
@@ -57,15 +74,21 @@ class Account:
     metadata: MetadataUse | None
     kept_splits: SplitsUse | None
     groups: GroupsUse | None
+    selection: SelectionUse | None = None
 
     @property
     def num_samples(self) -> int:
         return sum(manifest.num_samples for manifest in self.manifests)
 
     @property
+    def num_left_out(self) -> int:
+        return sum(self.left_out_by_reason.values())
+
+    @property
     def left_out_by_reason(self) -> dict[Reason, int]:
         """Files left out for every reason, 0 included, in the order of `MEANING_OF_REASON`."""
         counts = Counter(left_out.reason for left_out in self.left_out)
+        counts["not_selected"] += 0 if self.selection is None else self.selection.num_not_selected
         return {reason: counts[reason] for reason in MEANING_OF_REASON}
 
 
@@ -85,7 +108,7 @@ def to_json(account: Account) -> dict[str, Any]:
         "seed": account.seed,
         "num_files": account.num_files,
         "num_samples": account.num_samples,
-        "num_left_out": len(account.left_out),
+        "num_left_out": account.num_left_out,
         "splits": {
             manifest.split: {**_split_row(manifest), "licence": manifest.licence} for manifest in account.manifests
         },
@@ -100,6 +123,7 @@ def to_json(account: Account) -> dict[str, Any]:
         "metadata": None if account.metadata is None else asdict(account.metadata),
         "kept_splits": None if account.kept_splits is None else asdict(account.kept_splits),
         "groups": None if account.groups is None else asdict(account.groups),
+        "selection": None if account.selection is None else asdict(account.selection),
     }
 
 
@@ -159,16 +183,15 @@ def _left_out_row(left_out: LeftOut) -> dict[str, str | None]:
 
 
 def _sum_of(account: Account) -> str:
-    return f"{account.num_files:,} {account.counted} = {account.num_samples:,} samples written + {len(account.left_out):,} left out"
+    return f"{account.num_files:,} {account.counted} = {account.num_samples:,} samples written + {account.num_left_out:,} left out"
 
 
 def _remarks(account: Account) -> list[str]:
     """What a reader must know beside the tables, one line each."""
-    remarks = []
+    remarks = [] if account.selection is None else _remarks_on_selection(account.selection, account)
     if account.classes_without_samples:
         names = account.classes_without_samples
-        shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-        remarks.append(f"{len(names):,} classes hold nothing usable and are not in classes.json: {shown}")
+        remarks.append(f"{len(names):,} classes hold nothing usable and are not in classes.json: {_some(names)}")
     if account.kept_splits is not None:
         kept = account.kept_splits
         remarks.append(
@@ -194,6 +217,28 @@ def _remarks(account: Account) -> list[str]:
             f"{use.num_files_without_line:,} files have no metadata line; their KEY.json holds what the folder knew"
         )
     return remarks
+
+
+def _remarks_on_selection(selection: SelectionUse, account: Account) -> list[str]:
+    remarks = [
+        f"asked for: {' and '.join(selection.criteria)}"
+        + ("" if account.num_left_out else ", which every sample of the parent meets"),
+        f"{len(account.class_names):,} of the {selection.num_parent_classes:,} classes of the parent stay, in its order",
+    ]
+    if selection.untrained_classes:
+        names = selection.untrained_classes
+        remarks.append(
+            f"{len(names):,} classes keep photographs in val or test but none in train, so these are left out: {_some(names)}"
+        )
+    remarks += [f"nothing of {split} stays, so there is no {split}" for split in selection.absent_splits]
+    remarks += [
+        f"{count:,} samples of the parent have no {field}" for field, count in selection.num_without_field.items()
+    ]
+    return remarks
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 def _forbids(licence_name: str) -> str:

@@ -20,6 +20,8 @@ Reason = Literal[
     "duplicate",
     "leak",
     "conflicting_labels",
+    "not_selected",
+    "untrained_class",
 ]
 
 MEANING_OF_REASON: dict[Reason, str] = {
@@ -34,6 +36,8 @@ MEANING_OF_REASON: dict[Reason, str] = {
     "duplicate": "same bytes as a sample of the same split",
     "leak": "same bytes as a sample of another split, which keeps it, or nearly the same look",
     "conflicting_labels": "same bytes under several classes",
+    "not_selected": "a sample of the parent that the subset does not ask for",
+    "untrained_class": "in val or test, of a class of which the subset keeps nothing in train",
 }
 """Every reason for which a record is left out, in the order of the report."""
 

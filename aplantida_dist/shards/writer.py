@@ -59,6 +59,7 @@ def write_split(
     class_map_digest: str,
     limits: ShardLimits,
     licence: str | None = None,
+    parent: str | None = None,
 ) -> Manifest:
     """Write the samples of a split, in the order in which they come, into a new folder; returns its manifest.
 
@@ -93,6 +94,7 @@ def write_split(
         shards=tuple(shards),
         identity_sum=identity_sum,
         licence=licence,
+        parent=parent,
     )
     save_manifest(manifest, split_dir)
     return manifest
