@@ -139,7 +139,13 @@ def _read_samples(selected: SelectedSplit, *, label_of: dict[int, int]) -> Itera
 
 def _require_undamaged(split: Split, shard_index: int) -> None:
     path = split.shard_path(shard_index)
-    if sha256_of_file(path) != split.manifest.shards[shard_index].sha256:
+    try:
+        sha256 = sha256_of_file(path)
+    except OSError as error:
+        raise ShardError(
+            f"{path}: cannot be read any more: {error.strerror}; leave the parent alone meanwhile"
+        ) from error
+    if sha256 != split.manifest.shards[shard_index].sha256:
         raise ShardError(
             f"{path}: has changed (its sha256 is not the manifest's), so a subset would pass the damage on as sound; "
             "run `python shards/verify.py` on the parent, then copy or rebuild it"
