@@ -468,7 +468,7 @@ def test_a_dataset_is_replaced_only_when_asked(tmp_path: Path) -> None:
 def test_pictures_and_dataset_lie_apart(tmp_path: Path, out: str) -> None:
     """A dataset among the pictures would be read by the next build, and a replacement around them would delete them."""
     fill(tmp_path / "source", {"oak": 3})
-    with pytest.raises(BuildError, match="apart"):
+    with pytest.raises(PlacementError, match="apart"):
         build(tmp_path / "source", tmp_path / out, replace=True)
 
 

@@ -55,7 +55,6 @@ class Found:
 
     sample_key: str
     class_name: str
-    image_suffix: str
     image: bytes
     metadata: bytes
 
@@ -77,7 +76,7 @@ def samples_of(dataset_dir: Path, split: str) -> list[Found]:
         for number, entry in enumerate(index):
             member = read_member(descriptor, entry, shard_path=opened.shard_path(shard_index))
             raw = read_metadata_bytes(descriptor, index, number)
-            found.append(Found(member.sample_key, names[int(entry["label"])], member.image_suffix, member.content, raw))
+            found.append(Found(member.sample_key, names[int(entry["label"])], member.content, raw))
         os.close(descriptor)
     return found
 
@@ -466,6 +465,7 @@ def test_tars_of_others_become_our_own(tmp_path: Path) -> None:
     class_map = ClassMap(("oak", "yew"))
     stated = [b'{"region" : "EU_SW"}', b'{"region":"EU_C"}', None, b'["EU_SW"]', b'{"region": "EU_SW", "n": 1.50}']
     samples = [(f"0001/{number}", draw(number), number % 2, raw) for number, raw in enumerate(stated)]
+    samples[1] = ("0001/1", draw(1, image_format="PNG"), 1, stated[1])
     write_foreign(tmp_path / "foreign" / "train", samples, class_map)
     class_map.save(tmp_path / "foreign" / "classes.json")
     make(tmp_path / "foreign", tmp_path / "in", "region=EU_SW")
@@ -476,8 +476,20 @@ def test_tars_of_others_become_our_own(tmp_path: Path) -> None:
     make(tmp_path / "foreign", tmp_path / "out", "region!=EU_SW")
     found = [(s.sample_key, s.metadata) for s in samples_of(tmp_path / "out", "train")]
     assert found == [("0001/1", stated[1]), ("0001/2", b"{}"), ("0001/3", b'{"content":["EU_SW"]}')]
+    with tarfile.open(tmp_path / "out" / "train" / "shard-000000.tar") as tar:
+        assert tar.getnames()[:3] == ["0001/1.png", "0001/1.cls", "0001/1.json"], "the suffix follows the bytes"
     for name in ("in", "out"):
         assert verify_dataset(tmp_path / name).damages == ()
+
+
+def test_a_picture_of_another_format_is_an_error(tmp_path: Path) -> None:
+    """A dataset that was not built by us may hold what a shard of ours may not."""
+    class_map = ClassMap(("oak",))
+    write_foreign(tmp_path / "global" / "train", [("a", draw(0, image_format="GIF"), 0, b'{"region":"EU"}')], class_map)
+    class_map.save(tmp_path / "global" / "classes.json")
+    with pytest.raises(ShardError, match="sample a is neither JPEG, PNG nor WebP"):
+        make(tmp_path / "global", tmp_path / "set", "region=EU")
+    assert not (tmp_path / "set").exists()
 
 
 def test_metadata_that_is_no_json_is_an_error(tmp_path: Path) -> None:

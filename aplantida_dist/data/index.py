@@ -30,10 +30,9 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class Member:
-    """The image of one sample, as read from its shard. `image_suffix` has no dot."""
+    """The image of one sample, as read from its shard."""
 
     sample_key: str
-    image_suffix: str
     content: bytes
 
 
@@ -64,28 +63,28 @@ def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
         raise ShardError(
             f"{shard_path}: ends inside the sample at offset {offset}: {length} bytes expected, the shard is cut short; {REMEDY}"
         )
-    sample_key, image_suffix = _name_in_header(block[:HEADER_BYTES], offset, shard_path)
+    sample_key = _key_of_header(block[:HEADER_BYTES], offset, shard_path)
     content = block[HEADER_BYTES:]
     if zlib.crc32(content) != int(entry["crc32"]):
         raise ShardError(
             f"{shard_path}: sample {sample_key} at offset {offset} has changed (its crc32 differs from the index); {REMEDY}"
         )
-    return Member(sample_key, image_suffix, content)
+    return Member(sample_key, content)
 
 
 def read_key(descriptor: int, entry: Any, *, shard_path: Path) -> str:
     """Read only the key of a sample, from its tar header."""
     offset = int(entry["offset"])
-    return _name_in_header(os.pread(descriptor, HEADER_BYTES, offset - HEADER_BYTES), offset, shard_path)[0]
+    return _key_of_header(os.pread(descriptor, HEADER_BYTES, offset - HEADER_BYTES), offset, shard_path)
 
 
-def _name_in_header(header: bytes, offset: int, shard_path: Path) -> tuple[str, str]:
-    """The (sample key, extension) of the member under a tar header."""
+def _key_of_header(header: bytes, offset: int, shard_path: Path) -> str:
+    """The sample key in a tar header: the member's name up to the first dot of its last component."""
     try:
         name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
     except tarfile.HeaderError as error:
         raise ShardError(f"{shard_path}: no tar header before offset {offset}: {error}; {REMEDY}") from None
-    return split_member_name(name)
+    return split_member_name(name)[0]
 
 
 def split_member_name(name: str) -> tuple[str, str]:

@@ -59,12 +59,9 @@ class Manifest(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Manifests from before licences and parents were stated keep their bytes and their digest.
+        # Manifests from before these fields keep their bytes and their digest.
         content: dict[str, Any] = serialize(self)
-        for field in ("licence", "parent"):
-            if content[field] is None:
-                del content[field]
-        return content
+        return {name: value for name, value in content.items() if value is not None}
 
     @property
     def digest(self) -> str:

@@ -11,6 +11,7 @@ from aplantida_dist.data.manifest import Manifest
 from aplantida_dist.files import write_json, write_whole
 from aplantida_dist.shards.licence import parse_licence
 from aplantida_dist.shards.record import MEANING_OF_REASON, LeftOut, Reason
+from aplantida_dist.shards.selection import SelectionUse
 from aplantida_dist.shards.source import MetadataUse
 
 REPORT_FILES = ("report.json", "report.md")
@@ -37,27 +38,11 @@ class GroupsUse:
 
 
 @dataclass(frozen=True)
-class SelectionUse:
-    """What a subset asked of its parent, as it was written, and what that left.
-
-    `num_not_selected` samples were not asked for; they are counted and not listed. `absent_splits` are those of the parent of
-    which nothing stays. `num_without_field` counts samples of the parent that lack a field of a condition.
-    """
-
-    criteria: tuple[str, ...]
-    num_parent_classes: int
-    num_not_selected: int
-    num_without_field: dict[str, int]
-    untrained_classes: tuple[str, ...]
-    absent_splits: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Account:
     """What a build did. Nothing in it depends on the clock, the machine, or where the folders lie.
 
-    `source_name` is the last part of the source's path. `num_files` is how many came in, of what `counted` says: files, records, or samples of the parent.
-    `seed` is None and `selection` is not in a subset, which draws nothing by chance.
+    `source_name` is the last part of the source's path. `num_files` is how many came in, of what `counted` says: files, records
+    or samples. Of a subset `seed` is None, for nothing in it is drawn, and `selection` is not.
     `classes_without_samples` stood in the source, but nothing of them was usable. `licence_counts` has the samples of each
     licence, the most frequent first; it is empty where no sample states one.
     """
@@ -188,10 +173,11 @@ def _sum_of(account: Account) -> str:
 
 def _remarks(account: Account) -> list[str]:
     """What a reader must know beside the tables, one line each."""
-    remarks = [] if account.selection is None else _remarks_on_selection(account.selection, account)
+    remarks = [] if account.selection is None else account.selection.remarks(num_left_out=account.num_left_out)
     if account.classes_without_samples:
         names = account.classes_without_samples
-        remarks.append(f"{len(names):,} classes hold nothing usable and are not in classes.json: {_some(names)}")
+        shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+        remarks.append(f"{len(names):,} classes hold nothing usable and are not in classes.json: {shown}")
     if account.kept_splits is not None:
         kept = account.kept_splits
         remarks.append(
@@ -217,28 +203,6 @@ def _remarks(account: Account) -> list[str]:
             f"{use.num_files_without_line:,} files have no metadata line; their KEY.json holds what the folder knew"
         )
     return remarks
-
-
-def _remarks_on_selection(selection: SelectionUse, account: Account) -> list[str]:
-    remarks = [
-        f"asked for: {' and '.join(selection.criteria)}"
-        + ("" if account.num_left_out else ", which every sample of the parent meets"),
-        f"{len(account.class_names):,} of the {selection.num_parent_classes:,} classes of the parent stay, in its order",
-    ]
-    if selection.untrained_classes:
-        names = selection.untrained_classes
-        remarks.append(
-            f"{len(names):,} classes keep photographs in val or test but none in train, so these are left out: {_some(names)}"
-        )
-    remarks += [f"nothing of {split} stays, so there is no {split}" for split in selection.absent_splits]
-    remarks += [
-        f"{count:,} samples of the parent have no {field}" for field, count in selection.num_without_field.items()
-    ]
-    return remarks
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 def _forbids(licence_name: str) -> str:

@@ -112,7 +112,7 @@ def strictest(licences: Iterable[Licence]) -> Licence:
 
 
 def licence_inside(stated: Iterable[Licence | None]) -> str | None:
-    """What a manifest says of its samples: the strictest licence, where None (nothing stated) is unknown; None where none states one."""
+    """What a manifest states of the licences of its samples: the name of the strictest; None where no sample states one."""
     licences = set(stated)
     return strictest(licence or UNKNOWN for licence in licences).name if any(licences) else None
 

@@ -68,6 +68,39 @@ class Selection:
     num_without_field: dict[str, int]
 
 
+@dataclass(frozen=True)
+class SelectionUse:
+    """What a subset asked of its parent, as it was written, and what that left.
+
+    `num_not_selected` samples were not asked for; they are counted and not listed. `absent_splits` are those of the parent of
+    which nothing stays. `num_without_field` counts samples of the parent that lack a field of a condition.
+    """
+
+    criteria: tuple[str, ...]
+    num_classes: int
+    num_parent_classes: int
+    num_not_selected: int
+    num_without_field: dict[str, int]
+    untrained_classes: tuple[str, ...]
+    absent_splits: tuple[str, ...]
+
+    def remarks(self, *, num_left_out: int) -> list[str]:
+        """What a reader of the report must know of it, one line each."""
+        everything = "" if num_left_out else ", which every sample of the parent meets"
+        lines = [
+            f"asked for: {' and '.join(self.criteria)}{everything}",
+            f"{self.num_classes:,} of the {self.num_parent_classes:,} classes of the parent stay, in its order",
+        ]
+        if names := self.untrained_classes:
+            shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+            lines.append(
+                f"{len(names):,} classes keep photographs in val or test but none in train, so these are left out: {shown}"
+            )
+        lines += [f"nothing of {split} stays, so there is no {split}" for split in self.absent_splits]
+        lines += [f"{count:,} samples of the parent have no {field}" for field, count in self.num_without_field.items()]
+        return lines
+
+
 def select(parent: Dataset, *, criteria: Criteria) -> Selection:
     """Read the metadata of every sample once and decide which stay; no picture is read and no metadata is kept.
 

@@ -15,13 +15,16 @@ from aplantida_dist.data.index import ShardError, read_member, read_metadata, re
 from aplantida_dist.data.manifest import Manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json, sha256_of_file
-from aplantida_dist.shards.account import Account, SelectionUse, save_account
+from aplantida_dist.shards.account import Account, save_account
 from aplantida_dist.shards.licence import ANY_LICENCE, Licence, Requirement, count_licences, licence_inside
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_apart, require_free_place
-from aplantida_dist.shards.selection import Criteria, SelectedSplit, Selection, select
+from aplantida_dist.shards.selection import Criteria, SelectedSplit, Selection, SelectionUse, select
 from aplantida_dist.shards.where import Condition
 from aplantida_dist.shards.writer import Sample, ShardLimits, write_split
+
+SUFFIX_OF_START = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
+"""What tells the three formats apart that a dataset may hold."""
 
 
 class SubsetError(UserError):
@@ -131,10 +134,18 @@ def _read_samples(selected: SelectedSplit, *, label_of: dict[int, int]) -> Itera
                 metadata = read_metadata_bytes(descriptor, index, member_index)
                 if not metadata.startswith(b"{"):  # foreign tars may hold none, or JSON that is no object
                     metadata = canonical_json(read_metadata(descriptor, index, member_index))
-                label = label_of[int(entry["label"])]
-                yield Sample(member.sample_key, member.image_suffix, member.content, label, metadata)
+                suffix = _suffix_of(member.content, shard_path=path, sample_key=member.sample_key)
+                yield Sample(member.sample_key, suffix, member.content, label_of[int(entry["label"])], metadata)
         finally:
             os.close(descriptor)
+
+
+def _suffix_of(image: bytes, *, shard_path: Path, sample_key: str) -> str:
+    """The suffix that the bytes of a picture call for; the name that it has in a foreign tar may be cut or wrong."""
+    for start, suffix in SUFFIX_OF_START.items():
+        if image.startswith(start):
+            return suffix
+    raise ShardError(f"{shard_path}: sample {sample_key} is neither JPEG, PNG nor WebP; build the parent again")
 
 
 def _require_undamaged(split: Split, shard_index: int) -> None:
@@ -178,6 +189,7 @@ def _account_of(
         groups=None,
         selection=SelectionUse(
             criteria=criteria.texts,
+            num_classes=class_map.num_classes,
             num_parent_classes=parent.class_map.num_classes,
             num_not_selected=sum(selected.num_not_selected for selected in selection.splits),
             num_without_field=selection.num_without_field,
