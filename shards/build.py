@@ -1,9 +1,10 @@
-"""Build a dataset: shards, indexes and manifests out of folders of pictures, of records and their pictures, and of tars that others wrote."""
+"""Build a dataset: shards, indexes and manifests out of folders of pictures, records, tars that others wrote, or another dataset."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from aplantida_dist.command import CommandParser, run_command
 from aplantida_dist.errors import UserError
-from aplantida_dist.shards.account import to_text
+from aplantida_dist.shards.account import Account, to_text
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.class_names import read_class_names
 from aplantida_dist.shards.folder import read_folder
@@ -21,7 +22,9 @@ from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.licence import parse_requirement
 from aplantida_dist.shards.placement import require_free_place
 from aplantida_dist.shards.source import Source
+from aplantida_dist.shards.subset import SubsetOptions, build_subset
 from aplantida_dist.shards.tars import read_tars
+from aplantida_dist.shards.where import parse_condition
 from aplantida_dist.shards.writer import ShardLimits
 
 EXAMPLE = """\
@@ -29,6 +32,7 @@ example:
   python shards/build.py --from-folder my_pictures --out shards/mine
   python shards/build.py --from-jsonl records.jsonl --image-dir pictures --require-license commercial --out shards/mine
   python shards/build.py --from-tars 'theirs/train-{000..127}.tar' --class-names names.txt --from-folder my_pictures --out shards/both
+  python shards/build.py --from-dataset shards/global --where region=EU_SW --out shards/eu_sw
 
 my_pictures holds one folder a class, or train/, val/ (or validation/) and test/ with one folder a class in each.
 A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept with each sample as KEY.json.
@@ -39,7 +43,15 @@ The picture of a URL lies in pictures as md5(url).jpg (.jpeg, .png, .webp), an i
 
 theirs/train-000.tar and so on are WebDataset tars, of samples such as 0001.jpg, 0001.json, 0001.cls. They are read where they lie and stay
 as they are: the dataset holds indexes onto them. The class is the `latin_name` of the .json, else the .cls: a name, or a number into names.txt.
+--from-dataset makes a subset: every photograph keeps its split, its bytes and its metadata, and the subset names its parent by digest.
+--where FIELD=VALUE[,VALUE…] compares a field of KEY.json, as text, exactly (a value with a comma stands in double quotes);
+FIELD!=VALUE is its opposite, also met where the field is absent. Given several times, all must hold.
 """
+
+OF_SUBSETS = frozenset(
+    "--from-dataset --where --classes --require-license --out --replace --shard-samples --shard-bytes".split()
+)
+"""The options that go with --from-dataset; all others speak of pictures that are still to be audited and split."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +77,20 @@ class Tars:
 
 def main() -> None:
     options = _parser().parse_args()
+    account = _build(options) if options.from_dataset is None else _build_subset(options)
+    print(to_text(account))
+    print(f"report: {options.out / 'report.md'}")
+
+
+def _build(options: argparse.Namespace) -> Account:
+    if options.where or options.classes is not None:
+        raise UserError(
+            "--where and --classes belong to --from-dataset; leave them out, or give a dataset to select from"
+        )
     requirement = parse_requirement(options.require_license)
     # Before the source is read: a million records take half a minute.
     require_free_place(options.out, replace=options.replace)
-    account = build_dataset(
+    return build_dataset(
         joined(_read_sources(options)),
         options.out,
         options=BuildOptions(
@@ -81,8 +103,27 @@ def main() -> None:
             near_distance=options.near_duplicates,
         ),
     )
-    print(to_text(account))
-    print(f"report: {options.out / 'report.md'}")
+
+
+def _build_subset(options: argparse.Namespace) -> Account:
+    # The parser knows no abbreviations and no short options, so what begins with -- is an option.
+    given = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    for option in given:
+        if option not in OF_SUBSETS:
+            raise UserError(
+                f"{option} does not go with --from-dataset, whose photographs are audited and split already; leave it out"
+            )
+    return build_subset(
+        options.from_dataset,
+        options.out,
+        options=SubsetOptions(
+            conditions=tuple(parse_condition(text) for text in options.where),
+            limits=ShardLimits(num_samples=options.shard_samples, num_bytes=options.shard_bytes),
+            replace=options.replace,
+            licence=parse_requirement(options.require_license),
+            classes_path=options.classes,
+        ),
+    )
 
 
 def _read_sources(options: argparse.Namespace) -> list[Source]:
@@ -90,7 +131,7 @@ def _read_sources(options: argparse.Namespace) -> list[Source]:
     asked: list[Folder | Records | Tars] = options.sources
     if not asked:
         raise UserError(
-            "nothing to build from: give --from-folder, --from-jsonl or --from-tars; see shards/build.py --help"
+            "nothing to build from: give --from-folder, --from-jsonl, --from-tars or --from-dataset; see shards/build.py --help"
         )
     num_records, num_tars = (sum(isinstance(one, kind) for one in asked) for kind in (Records, Tars))
     if num_records and not options.image_dir:
@@ -123,6 +164,20 @@ def _parser() -> CommandParser:
     limits = ShardLimits()
     parser = CommandParser(prog="shards/build.py", description=str(__doc__), example=EXAMPLE)
     _add_sources(parser)
+    parser.add_argument("--from-dataset", type=Path, metavar="DATASET", help="a dataset to make a subset of")
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE[,VALUE…]",
+        help="what the photographs of --from-dataset must be, such as region=EU_SW or country!=US,CA; may be given several times",
+    )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="the classes that a subset may hold, one name a line (default: all)",
+    )
     parser.add_argument(
         "--require-license",
         default="any",

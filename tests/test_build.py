@@ -131,6 +131,7 @@ def test_every_file_is_written_or_left_out_for_its_reason(tmp_path: Path, num_wo
     """Files in = samples written + files left out, by reason, with every reason planted; and the report says so."""
     expected = plant_every_defect(tmp_path / "dirty")
     of_others_only = {"missing", "licence", "no_sample", "not_one_image", "no_label", "bad_metadata"}
+    of_others_only |= {"not_selected", "untrained_class"}
     assert set(expected.values()) == set(MEANING_OF_REASON) - of_others_only
     account = build(tmp_path / "dirty", tmp_path / "set", num_workers=num_workers)
     assert {left_out.source: left_out.reason for left_out in account.left_out} == expected
@@ -469,7 +470,7 @@ def test_a_dataset_is_replaced_only_when_asked(tmp_path: Path) -> None:
 def test_pictures_and_dataset_lie_apart(tmp_path: Path, out: str) -> None:
     """A dataset among the pictures would be read by the next build, and a replacement around them would delete them."""
     fill(tmp_path / "source", {"oak": 3})
-    with pytest.raises(BuildError, match="apart"):
+    with pytest.raises(PlacementError, match="apart"):
         build(tmp_path / "source", tmp_path / out, replace=True)
 
 

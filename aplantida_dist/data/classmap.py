@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import digest, read_json, write_json
@@ -17,10 +19,22 @@ class ClassMapError(UserError):
 
 
 @dataclass(frozen=True)
+class Parent:
+    """The class map that a subset's was taken from: its digest, and the label there of each class here, ascending."""
+
+    digest: str
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ClassMap:
-    """Ordered, distinct class names; `class_names[label]` is what a label means. Never empty."""
+    """Ordered, distinct class names; `class_names[label]` is what a label means. Never empty.
+
+    `parent` is None but in a subset; it does not change what labels mean, and is no part of the digest.
+    """
 
     class_names: tuple[str, ...]
+    parent: Parent | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -38,7 +52,10 @@ class ClassMap:
 
     def save(self, path: Path) -> None:
         """Write classes.json, whole or not at all."""
-        write_json(path, {"version": 1, "digest": self.digest, "classes": list(self.class_names)})
+        content = {"version": 1, "digest": self.digest, "classes": list(self.class_names)}
+        if self.parent is not None:
+            content["parent"] = {"digest": self.parent.digest, "labels": list(self.parent.labels)}
+        write_json(path, content)
 
     def require_same(self, other: ClassMap, *, ours: str, theirs: str) -> None:
         """Raise ClassMapError unless both maps give every label the same meaning; `ours` and `theirs` name their sources."""
@@ -65,7 +82,24 @@ def load_class_map(path: Path) -> ClassMap:
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ClassMapError(f"{path}: class {twice!r} stands more than once; {remedy}")
-    class_map = ClassMap(tuple(names))
+    class_map = ClassMap(tuple(names), _parent_of(content, path, num_classes=len(names)))
     if content.get("digest") != class_map.digest:
         raise ClassMapError(f"{path}: the names do not match their digest, so the file was edited; {remedy}")
     return class_map
+
+
+def _parent_of(content: dict[str, Any], path: Path, *, num_classes: int) -> Parent | None:
+    """What classes.json declares of the class map it was taken from. Whether the names stand there only the parent can tell."""
+    match content:
+        case {"parent": {"digest": str(parent_digest), "labels": [*labels]}}:
+            are_labels = len(labels) == num_classes and all(type(label) is int for label in labels)  # True is no label
+            if are_labels and all(label < following for label, following in pairwise([-1, *labels])):
+                return Parent(parent_digest, tuple(labels))
+        case {"parent": _}:
+            pass
+        case _:
+            return None
+    raise ClassMapError(
+        f"{path}: 'parent' must hold a digest and one ascending label of the parent for each of the {num_classes} classes; "
+        "make the subset again with `python shards/build.py --from-dataset`"
+    )

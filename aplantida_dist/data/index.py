@@ -129,17 +129,36 @@ def split_member_name(name: str) -> tuple[str, str]:
 
 
 def read_metadata(descriptor: int, index: NDArray[Any], member_index: int) -> dict[str, Any]:
-    """Read what a sample's KEY.json holds; empty where it has none.
+    """Read what a sample's KEY.json holds; empty where it has none. Raises ShardError where that is no JSON."""
+    raw = read_metadata_bytes(descriptor, index, member_index)
+    if not raw:
+        return {}
+    try:
+        content = json.loads(raw)
+    except ValueError as error:
+        key = read_key(descriptor, index[member_index], shard_path=Path("shard"))
+        raise ShardError(f"sample {key}: its KEY.json is no JSON: {error}; {REMEDY}") from None
+    return content if isinstance(content, dict) else {"content": content}
+
+
+def read_metadata_bytes(descriptor: int, index: NDArray[Any], member_index: int) -> bytes:
+    """Read the bytes of a sample's KEY.json; none where it has none.
 
     The index of a foreign tar says where it lies. In our own a sample's members stand together: it lies between the image before
-    and the image after.
+    and the image after, mostly behind its own.
     """
     entry = index[member_index]
     if index.dtype == FOREIGN_INDEX_DTYPE:
-        return _read_json(descriptor, int(entry["metadata_offset"]), int(entry["metadata_length"]))
+        return os.pread(descriptor, int(entry["metadata_length"]), int(entry["metadata_offset"]))
     key = read_key(descriptor, entry, shard_path=Path("shard"))
-    first = _end_of_image(index[member_index - 1]) if member_index else 0
-    last = int(index[member_index + 1]["offset"]) if member_index + 1 < len(index) else os.fstat(descriptor).st_size
+    before = _end_of_image(index[member_index - 1]) if member_index else 0
+    after = int(index[member_index + 1]["offset"]) if member_index + 1 < len(index) else os.fstat(descriptor).st_size
+    stretches = ((_end_of_image(entry), after), (before, int(entry["offset"]) - HEADER_BYTES))
+    return next((raw for first, last in stretches if (raw := _find_json(descriptor, key, first, last))), b"")
+
+
+def _find_json(descriptor: int, key: str, first: int, last: int) -> bytes:
+    """The content of KEY.json among the whole members from `first` to `last`; none where it is not there."""
     position = first
     while position + HEADER_BYTES <= last:
         try:
@@ -147,19 +166,9 @@ def read_metadata(descriptor: int, index: NDArray[Any], member_index: int) -> di
         except tarfile.HeaderError:
             break  # the zeros at the end of the tar
         if split_member_name(header.name) == (key, "json"):
-            return _read_json(descriptor, position + HEADER_BYTES, header.size)
+            return os.pread(descriptor, header.size, position + HEADER_BYTES)
         position += HEADER_BYTES + -(-header.size // HEADER_BYTES) * HEADER_BYTES
-    return {}
-
-
-def _read_json(descriptor: int, offset: int, num_bytes: int) -> dict[str, Any]:
-    if num_bytes == 0:
-        return {}
-    try:
-        content = json.loads(os.pread(descriptor, num_bytes, offset))
-    except ValueError as error:
-        raise ShardError(f"the metadata at offset {offset} of a shard is not JSON: {error}; {REMEDY}") from None
-    return content if isinstance(content, dict) else {"content": content}
+    return b""
 
 
 def _end_of_image(entry: Any) -> int:

@@ -71,7 +71,8 @@ class Shard(BaseModel):
 class Manifest(BaseModel):
     """What one split holds. Totals are stated beside the shards and must agree with them.
 
-    `licence` names the most restrictive licence inside; None where no sample states one, and then it is not written.
+    `licence` names the most restrictive licence inside; None where no sample states one. `parent` is the digest of the manifest
+    that a subset was taken from; None where it was built from pictures. What is None is not written.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -84,14 +85,13 @@ class Manifest(BaseModel):
     class_counts: dict[str, int]
     shards: tuple[Shard, ...] = Field(strict=False)
     licence: str | None = None
+    parent: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
     @model_serializer(mode="wrap")
-    def _without_absent_licence(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Manifests from before licences were stated keep their bytes and their digest.
+    def _without_what_is_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Manifests from before these fields keep their bytes and their digest.
         content: dict[str, Any] = serialize(self)
-        if self.licence is None:
-            del content["licence"]
-        return content
+        return {name: value for name, value in content.items() if value is not None}
 
     @property
     def digest(self) -> str:
@@ -117,7 +117,13 @@ def identity_digest(identity_sum: int) -> str:
 
 
 def make_manifest(
-    *, split: str, class_map_digest: str, shards: tuple[Shard, ...], identity_sum: int, licence: str | None = None
+    *,
+    split: str,
+    class_map_digest: str,
+    shards: tuple[Shard, ...],
+    identity_sum: int,
+    licence: str | None = None,
+    parent: str | None = None,
 ) -> Manifest:
     """Assemble a manifest; its totals are the sums over its shards."""
     class_counts: Counter[str] = Counter()
@@ -132,6 +138,7 @@ def make_manifest(
         class_counts=dict(sorted(class_counts.items(), key=lambda item: int(item[0]))),
         shards=shards,
         licence=licence,
+        parent=parent,
     )
 
 

@@ -11,6 +11,7 @@ from aplantida_dist.data.manifest import Manifest
 from aplantida_dist.files import write_json, write_whole
 from aplantida_dist.shards.licence import parse_licence
 from aplantida_dist.shards.record import MEANING_OF_REASON, LeftOut, Reason
+from aplantida_dist.shards.selection import SelectionUse
 from aplantida_dist.shards.source import MetadataUse
 
 REPORT_FILES = ("report.json", "report.md")
@@ -40,14 +41,15 @@ class GroupsUse:
 class Account:
     """What a build did. Nothing in it depends on the clock, the machine, or where the folders lie.
 
-    `source_name` is the last part of the source's path. `num_files` is how many came in, of what `counted` says: files or records.
+    `source_name` is the last part of the source's path. `num_files` is how many came in, of what `counted` says: files, records
+    or samples. Of a subset `seed` is None, for nothing in it is drawn, and `selection` is not.
     `classes_without_samples` stood in the source, but nothing of them was usable. `licence_counts` has the samples of each
     licence, the most frequent first; it is empty where no sample states one.
     """
 
     source_name: str
     counted: str
-    seed: int
+    seed: int | None
     num_files: int
     class_names: tuple[str, ...]
     classes_without_samples: tuple[str, ...]
@@ -57,15 +59,21 @@ class Account:
     metadata: MetadataUse | None
     kept_splits: SplitsUse | None
     groups: GroupsUse | None
+    selection: SelectionUse | None = None
 
     @property
     def num_samples(self) -> int:
         return sum(manifest.num_samples for manifest in self.manifests)
 
     @property
+    def num_left_out(self) -> int:
+        return sum(self.left_out_by_reason.values())
+
+    @property
     def left_out_by_reason(self) -> dict[Reason, int]:
         """Files left out for every reason, 0 included, in the order of `MEANING_OF_REASON`."""
         counts = Counter(left_out.reason for left_out in self.left_out)
+        counts["not_selected"] += 0 if self.selection is None else self.selection.num_not_selected
         return {reason: counts[reason] for reason in MEANING_OF_REASON}
 
 
@@ -85,7 +93,7 @@ def to_json(account: Account) -> dict[str, Any]:
         "seed": account.seed,
         "num_files": account.num_files,
         "num_samples": account.num_samples,
-        "num_left_out": len(account.left_out),
+        "num_left_out": account.num_left_out,
         "splits": {
             manifest.split: {**_split_row(manifest), "licence": manifest.licence} for manifest in account.manifests
         },
@@ -100,6 +108,7 @@ def to_json(account: Account) -> dict[str, Any]:
         "metadata": None if account.metadata is None else asdict(account.metadata),
         "kept_splits": None if account.kept_splits is None else asdict(account.kept_splits),
         "groups": None if account.groups is None else asdict(account.groups),
+        "selection": None if account.selection is None else asdict(account.selection),
     }
 
 
@@ -159,12 +168,12 @@ def _left_out_row(left_out: LeftOut) -> dict[str, str | None]:
 
 
 def _sum_of(account: Account) -> str:
-    return f"{account.num_files:,} {account.counted} = {account.num_samples:,} samples written + {len(account.left_out):,} left out"
+    return f"{account.num_files:,} {account.counted} = {account.num_samples:,} samples written + {account.num_left_out:,} left out"
 
 
 def _remarks(account: Account) -> list[str]:
     """What a reader must know beside the tables, one line each."""
-    remarks = []
+    remarks = [] if account.selection is None else account.selection.remarks(num_left_out=account.num_left_out)
     if account.classes_without_samples:
         names = account.classes_without_samples
         shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")

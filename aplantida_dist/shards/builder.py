@@ -17,9 +17,9 @@ from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse, save_ac
 from aplantida_dist.shards.audit import Candidate, Fault, audit_places, drop_copies, sample_key_of
 from aplantida_dist.shards.earlier import read_splits
 from aplantida_dist.shards.groups import Group, find_groups, leave_out_leaks, split_by_group
-from aplantida_dist.shards.licence import ANY_LICENCE, UNKNOWN, Requirement, strictest
+from aplantida_dist.shards.licence import ANY_LICENCE, UNKNOWN, Requirement, count_licences, licence_inside
 from aplantida_dist.shards.pace import with_pace
-from aplantida_dist.shards.placement import placed, require_free_place
+from aplantida_dist.shards.placement import placed, require_apart, require_free_place
 from aplantida_dist.shards.record import LeftOut, Record
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.tar_index import require_unchanged
@@ -55,7 +55,8 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
     between them, so memory grows by the names and the metadata only. Pictures in tars that others wrote stay there and are indexed.
     """
     dataset_dir = dataset_dir.absolute()
-    _require_apart(source.picture_paths, dataset_dir)
+    for path in source.picture_paths:
+        require_apart(path, dataset_dir)
     require_free_place(dataset_dir, replace=options.replace)
     if not source.records:
         raise BuildError(_told_of_nothing(source))
@@ -78,7 +79,7 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
             classes_without_samples=tuple(sorted(set(source.class_names) - set(class_map.class_names))),
             manifests=tuple(_write(of_split, partial_dir, source=source, class_map=class_map, options=options)),
             left_out=left_out,
-            licence_counts=_licence_counts_of(candidates),
+            licence_counts=count_licences(candidate.record.licence for candidate in candidates),
             metadata=source.metadata,
             kept_splits=None if options.keep_splits_of is None else _use_of_splits(kept, candidates),
             groups=None if options.near_distance is None else _use_of_groups(groups, distance=options.near_distance),
@@ -86,17 +87,6 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
         save_account(account, partial_dir)
         require_unchanged(source.tars)
     return account
-
-
-def _require_apart(picture_paths: Sequence[Path], dataset_dir: Path) -> None:
-    """The dataset must not lie among the pictures, nor the pictures inside a dataset that a replacement would delete."""
-    out = dataset_dir.resolve()
-    for path in picture_paths:
-        source = path.resolve()
-        if source == out or source in out.parents or out in source.parents:
-            raise BuildError(
-                f"{dataset_dir}: lies inside {path}, or around it; choose an --out that is apart from the pictures"
-            )
 
 
 def _told_of_nothing(source: Source) -> str:
@@ -178,13 +168,6 @@ def _audit(records: Sequence[Record], *, options: BuildOptions) -> tuple[list[Ca
     return kept, left_out + copies
 
 
-def _licence_counts_of(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Samples of each licence, by its name; empty where no sample states one."""
-    licences = [candidate.record.licence for candidate in candidates]
-    counts = Counter((licence or UNKNOWN).name for licence in licences) if any(licences) else Counter[str]()
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
 def _assign_splits(
     candidates: Sequence[Candidate],
     *,
@@ -237,15 +220,14 @@ def _write(
     for split, members in of_split.items():
         written, views = separate_views(members, source.tars, index_of=class_map.index_of)
         samples = read_samples(written, class_map)
-        stated = [member.record.licence for member in members]
         yield write_split(
             with_pace(samples, total=len(written), doing=f"writing {split}"),
             dataset_dir / split,
             split=split,
             class_map_digest=class_map.digest,
             limits=options.limits,
-            licence=strictest(licence or UNKNOWN for licence in stated).name if any(stated) else None,
             views=views,
+            licence=licence_inside(member.record.licence for member in members),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -110,12 +111,31 @@ def strictest(licences: Iterable[Licence]) -> Licence:
     return _commons(frozenset(terms), None)
 
 
+def licence_inside(stated: Iterable[Licence | None]) -> str | None:
+    """What a manifest states of the licences of its samples: the name of the strictest; None where no sample states one."""
+    licences = set(stated)
+    return strictest(licence or UNKNOWN for licence in licences).name if any(licences) else None
+
+
+def count_licences(stated: Iterable[Licence | None]) -> dict[str, int]:
+    """Samples of each licence by its name, the most frequent first; empty where no sample states one."""
+    counts = Counter(stated)
+    of_name: Counter[str] = Counter()
+    for licence, count in counts.items():
+        of_name[(licence or UNKNOWN).name] += count
+    return dict(sorted(of_name.items(), key=lambda item: (-item[1], item[0]))) if any(counts) else {}
+
+
 @dataclass(frozen=True)
 class Requirement:
     """Which licences a build accepts: those in `listed`, all that allow commercial use, or any and none."""
 
     commercial: bool
     listed: tuple[Licence, ...]
+
+    def __str__(self) -> str:
+        named = ",".join(f"{one.name} {one.version}" if one.version else one.name for one in self.listed)
+        return named or ("commercial" if self.commercial else "any")
 
     def is_met_by(self, licence: Licence) -> bool:
         """A listed licence without a version stands for each of its versions."""

@@ -38,6 +38,15 @@ def require_free_place(dataset_dir: Path, *, replace: bool) -> None:
         )
 
 
+def require_apart(source_dir: Path, dataset_dir: Path) -> None:
+    """The dataset must not lie inside what it is made from, nor that inside a dataset that a replacement would delete."""
+    source, out = source_dir.resolve(), dataset_dir.resolve()
+    if source == out or source in out.parents or out in source.parents:
+        raise PlacementError(
+            f"{dataset_dir}: lies inside {source_dir}, or around it; choose an --out that is apart from it"
+        )
+
+
 @contextmanager
 def placed(dataset_dir: Path, *, replace: bool) -> Iterator[Path]:
     """Yield an empty folder beside `dataset_dir`; when the block ends it takes that name, when the block raises it goes.

@@ -24,6 +24,8 @@ Reason = Literal[
     "not_one_image",
     "no_label",
     "bad_metadata",
+    "not_selected",
+    "untrained_class",
 ]
 
 MEANING_OF_REASON: dict[Reason, str] = {
@@ -42,6 +44,8 @@ MEANING_OF_REASON: dict[Reason, str] = {
     "not_one_image": "a sample of a tar with no image or with several",
     "no_label": "a sample of a tar with neither a latin_name nor a .cls",
     "bad_metadata": "a sample of a tar whose .json or .cls cannot be understood",
+    "not_selected": "a sample of the parent that the subset does not ask for",
+    "untrained_class": "in val or test, of a class of which the subset keeps nothing in train",
 }
 """Every reason for which a record is left out, in the order of the report."""
 

@@ -86,6 +86,9 @@ def _check_split(dataset_dir: Path, split: str, class_map: ClassMap | None) -> _
         faults.append(f"is that of split {manifest.split!r}")
     if class_map is not None and manifest.class_map_digest != class_map.digest:
         faults.append(f"was written for other classes than those of {CLASSES_FILE} (the digests differ)")
+    if class_map is not None and (manifest.parent is None) != (class_map.parent is None):
+        names_parent, does_not = (CLASSES_FILE, "it") if manifest.parent is None else ("it", CLASSES_FILE)
+        faults.append(f"{names_parent} names a parent and {does_not} does not")
     name_of_sha256 = {shard.sha256: shard.name for shard in manifest.shards}
     num_classes = None if class_map is None else class_map.num_classes
     shards = tuple(

@@ -61,6 +61,7 @@ def write_split(
     limits: ShardLimits,
     licence: str | None = None,
     views: Sequence[View] = (),
+    parent: str | None = None,
 ) -> Manifest:
     """Write the samples of a split, in the order in which they come, into a new folder; returns its manifest.
 
@@ -98,6 +99,7 @@ def write_split(
         shards=tuple(shards),
         identity_sum=identity_sum,
         licence=licence,
+        parent=parent,
     )
     save_manifest(manifest, split_dir)
     return manifest
