@@ -20,6 +20,7 @@ from aplantida_dist.shards.class_names import ClassNamesError, read_class_names
 from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.joined import SourcesError, joined
 from aplantida_dist.shards.jsonl import read_jsonl
+from aplantida_dist.shards.placement import PlacementError
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.tar_urls import TarUrlError, expand_tar_urls
 from aplantida_dist.shards.tars import TarsError, read_tars
@@ -236,9 +237,9 @@ def test_sources_that_do_not_go_together_are_an_error(tmp_path: Path) -> None:
         joined([*sources, read_folder(tmp_path / "split")])
     with pytest.raises(SourcesError, match="hold the same tar"):
         joined([*sources, sources[-1]])
-    with pytest.raises(BuildError, match=r"lies inside .*pictures, or around it"):
+    with pytest.raises(PlacementError, match=r"lies inside .*pictures, or around it"):
         build_sources(sources, tmp_path / "pictures" / "set")
-    with pytest.raises(BuildError, match=r"lies inside .*0\.tar, or around it"):
+    with pytest.raises(PlacementError, match=r"lies inside .*0\.tar, or around it"):
         build_sources(sources[-1:], tmp_path / "tars")
     assert build_sources(sources[-1:], tmp_path / "tars" / "set").num_samples == 13
 
