@@ -7,9 +7,10 @@ import os
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from aplantida_dist.command import CommandParser, run_command
+from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.errors import UserError
 from aplantida_dist.shards.account import to_text
+from aplantida_dist.shards.audit import MIN_SIDE
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.groups import MAX_DISTANCE
@@ -49,6 +50,7 @@ def main() -> None:
             licence=requirement,
             keep_splits_of=options.keep_splits,
             near_distance=options.near_duplicates,
+            min_side=options.min_side,
         ),
     )
     print(to_text(account))
@@ -97,6 +99,13 @@ def _parser() -> CommandParser:
         default="2",
         metavar="DISTANCE|off",
         help=f"pictures whose 64-bit looks differ in at most so many bits stay in one split, 0 to {MAX_DISTANCE} (default: 2)",
+    )
+    parser.add_argument(
+        "--min-side",
+        type=count,
+        default=MIN_SIDE,
+        metavar="PX",
+        help=f"leave out pictures whose shorter side, upright, has fewer pixels (default: {MIN_SIDE})",
     )
     parser.add_argument(
         "--shard-samples",
