@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aplantida_dist.command import CommandParser, run_command
+from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.errors import UserError
 from aplantida_dist.shards.account import Account, to_text
+from aplantida_dist.shards.audit import MIN_SIDE
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.class_names import read_class_names
 from aplantida_dist.shards.folder import read_folder
@@ -101,6 +102,7 @@ def _build(options: argparse.Namespace) -> Account:
             licence=requirement,
             keep_splits_of=options.keep_splits,
             near_distance=options.near_duplicates,
+            min_side=options.min_side,
         ),
     )
 
@@ -203,6 +205,13 @@ def _parser() -> CommandParser:
         default="2",
         metavar="DISTANCE|off",
         help=f"pictures whose 64-bit looks differ in at most so many bits stay in one split, 0 to {MAX_DISTANCE} (default: 2)",
+    )
+    parser.add_argument(
+        "--min-side",
+        type=count,
+        default=MIN_SIDE,
+        metavar="PX",
+        help=f"leave out pictures whose shorter side, upright, has fewer pixels (default: {MIN_SIDE})",
     )
     parser.add_argument(
         "--shard-samples",

@@ -15,7 +15,7 @@ from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.writer import ShardLimits
 
 
-def draw(number: int, *, image_format: str = "JPEG", width: int = 24, height: int = 20) -> bytes:
+def draw(number: int, *, image_format: str = "JPEG", width: int = 40, height: int = 36) -> bytes:
     """The encoded picture of this number: noise, so that no two numbers share their bytes."""
     pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
     buffer = io.BytesIO()

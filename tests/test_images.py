@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aplantida_dist.data.images import MAX_PIXELS, DecodeError, EvaluationTransform, TrainTransform, decode
+from aplantida_dist.data.decode import MAX_PIXELS, DecodeError, decode
+from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from tests.pictures import draw
 
 TRAIN = TrainTransform(32, (0.35, 1.0), (0.75, 1.3333), 0.5, "bicubic")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
     ["errors", "seeds", "schedule", "loss", "progress"],
-    ["files", "command", "world", "yaml_words"],
+    ["files", "command", "world", "yaml_words", "data.decode"],
     ["strict_yaml"],
     ["config", "history", "status", "data.classmap", "data.index", "data.manifest", "data.plan", "data.images"],
     ["config_faults", "data.dataset", "model", "report", "metrics", "checkpoint"],
@@ -35,8 +35,8 @@ OWNERS = {
     "wandb": {"report"},
     "timm": {"model"},
     "matplotlib": {"analysis.plots"},
-    "imagehash": {"shards.looks"},
     "braceexpand": {"shards.tar_urls"},
+    "imagehash": set(),
     "tqdm": {"progress"},
     "yaml": {"strict_yaml"},
     "safetensors": {"checkpoint"},

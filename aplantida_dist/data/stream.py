@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from aplantida_dist.data.dataset import Split
-from aplantida_dist.data.images import DecodeError, Transform
+from aplantida_dist.data.decode import DecodeError
+from aplantida_dist.data.images import Transform
 from aplantida_dist.data.index import ShardError, read_member, read_metadata
 from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +13,11 @@ from aplantida_dist.data.manifest import SPLITS, Manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse, save_account
-from aplantida_dist.shards.audit import Candidate, Fault, audit_places, drop_copies, sample_key_of
+from aplantida_dist.shards.audit import MIN_SIDE, Candidate, Fault, audit_places, keys_of_places, sample_key_of
+from aplantida_dist.shards.copies import drop_copies, leave_out_refused, part_by_licence, stated_licence
 from aplantida_dist.shards.earlier import read_splits
 from aplantida_dist.shards.groups import Group, find_groups, leave_out_leaks, split_by_group
-from aplantida_dist.shards.licence import ANY_LICENCE, UNKNOWN, Requirement, count_licences, licence_inside
+from aplantida_dist.shards.licence import ANY_LICENCE, Requirement, count_licences, licence_inside
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_apart, require_free_place
 from aplantida_dist.shards.record import LeftOut, Record
@@ -36,7 +36,8 @@ class BuildOptions:
     """How to build. `num_workers` processes decode (0: this one); the dataset's bytes do not depend on them.
 
     `keep_splits_of` is an earlier dataset whose photographs keep their split. Pictures whose looks differ in at most
-    `near_distance` bits form a group, which stays in one split; None looks for no groups.
+    `near_distance` bits form a group, which stays in one split; None looks for no groups. A picture has `min_side` pixels
+    on its shorter side at least.
     """
 
     seed: int
@@ -46,6 +47,7 @@ class BuildOptions:
     licence: Requirement = ANY_LICENCE
     keep_splits_of: Path | None = None
     near_distance: int | None = None
+    min_side: int = MIN_SIDE
 
 
 def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -> Account:
@@ -61,11 +63,10 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
     if not source.records:
         raise BuildError(_told_of_nothing(source))
     kept = _read_kept_splits(source, options=options)
-    licensed, unlicensed = _require_licence(source.records, options.licence)
-    candidates, unusable = _audit(licensed, options=options)
+    candidates, unusable = _audit(source.records, options=options)
     groups = () if options.near_distance is None else find_groups(candidates, distance=options.near_distance)
     candidates, leaks = leave_out_leaks(candidates, groups=groups, kept=kept)
-    left_out = tuple(sorted((*source.outside, *unlicensed, *unusable, *leaks), key=_natural_order))
+    left_out = tuple(sorted((*source.outside, *unusable, *leaks), key=_natural_order))
     of_split = _assign_splits(candidates, given=source.splits, groups=groups, kept=kept, seed=options.seed)
     class_map = _class_map_of(of_split, source, left_out=left_out)
     with placed(dataset_dir, replace=options.replace) as partial_dir:
@@ -108,20 +109,6 @@ def _natural_order(left_out: LeftOut) -> list[str | int]:
     return parts
 
 
-def _require_licence(records: Sequence[Record], requirement: Requirement) -> tuple[list[Record], list[LeftOut]]:
-    """The records whose licence is accepted, and those that are left out with the text that their source states."""
-    accepted: list[Record] = []
-    left_out: list[LeftOut] = []
-    for record in records:
-        if requirement.is_met_by(record.licence or UNKNOWN):
-            accepted.append(record)
-        else:
-            stated = json.loads(record.metadata).get("license")
-            detail = str(stated) if stated else "no licence is stated"
-            left_out.append(record.left_out("licence", detail))
-    return accepted, left_out
-
-
 def _read_kept_splits(source: Source, *, options: BuildOptions) -> dict[str, str]:
     """The sample key → split of the earlier dataset, empty where none is kept."""
     if options.keep_splits_of is None:
@@ -153,19 +140,32 @@ def _use_of_groups(groups: Sequence[Group], *, distance: int) -> GroupsUse:
 
 
 def _audit(records: Sequence[Record], *, options: BuildOptions) -> tuple[list[Candidate], list[LeftOut]]:
-    """Decode every record; return those that stay, one of each picture, and those that do not."""
+    """Decode every record under an accepted licence; return those that stay, one of each picture, and those that do not."""
+    accepted, refused = part_by_licence(records, options.licence)
+    left_out = [record.left_out("licence", stated_licence(record)) for record in refused]
     candidates: list[Candidate] = []
-    left_out: list[LeftOut] = []
-    places = [record.place for record in records]
-    findings = audit_places(places, num_workers=options.num_workers, with_looks=options.near_distance is not None)
-    paced = with_pace(findings, total=len(records), doing="decoding every picture")
-    for record, finding in zip(records, paced, strict=True):
+    findings = audit_places(
+        (record.place for record in accepted),
+        num_workers=options.num_workers,
+        with_looks=options.near_distance is not None,
+        min_side=options.min_side,
+    )
+    paced = with_pace(findings, total=len(accepted), doing="decoding every picture")
+    for record, finding in zip(accepted, paced, strict=True):
         if isinstance(finding, Fault):
             left_out.append(record.left_out(finding.reason, finding.detail))
         else:
             candidates.append(Candidate(record, finding))
+    candidates, restricted = leave_out_refused(candidates, _by_key(refused, options=options))
     kept, copies = drop_copies(candidates)
-    return kept, left_out + copies
+    return kept, [*left_out, *restricted, *copies]
+
+
+def _by_key(records: Sequence[Record], *, options: BuildOptions) -> dict[str, Record]:
+    """Records by the sample key of their picture, of several the first: read and hashed, which costs far less than decoding."""
+    keys = keys_of_places((record.place for record in records), num_workers=options.num_workers if records else 0)
+    paced = with_pace(keys, total=len(records), doing="hashing what other licences forbid")
+    return {key: record for record, key in reversed([*zip(records, paced, strict=True)]) if key is not None}
 
 
 def _assign_splits(

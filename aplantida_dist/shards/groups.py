@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aplantida_dist.shards.audit import COPY_STAYS_IN, Candidate
+from aplantida_dist.shards.audit import Candidate
+from aplantida_dist.shards.copies import COPY_STAYS_IN
 from aplantida_dist.shards.record import LeftOut
 from aplantida_dist.shards.split import split_by_class
 
