@@ -9,13 +9,13 @@ from pathlib import Path
 
 from aplantida_dist.command import CommandParser, run_command
 from aplantida_dist.errors import UserError
-from aplantida_dist.shards.account import to_text
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.groups import MAX_DISTANCE
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.licence import parse_requirement
 from aplantida_dist.shards.placement import require_free_place
+from aplantida_dist.shards.report_text import to_text
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.writer import ShardLimits
 
@@ -49,10 +49,11 @@ def main() -> None:
             licence=requirement,
             keep_splits_of=options.keep_splits,
             near_distance=options.near_duplicates,
+            min_samples=options.min_samples,
         ),
     )
     print(to_text(account))
-    print(f"report: {options.out / 'report.md'}")
+    print(f"report: {options.out / 'report.md'}, with pictures of what was left out: {options.out / 'report.html'}")
 
 
 def _read_source(options: argparse.Namespace) -> Source:
@@ -99,6 +100,13 @@ def _parser() -> CommandParser:
         help=f"pictures whose 64-bit looks differ in at most so many bits stay in one split, 0 to {MAX_DISTANCE} (default: 2)",
     )
     parser.add_argument(
+        "--min-samples",
+        type=_at_least_one,
+        default="1",
+        metavar="N",
+        help="leave out classes with fewer usable photographs, whole; near duplicates count each (default: 1, none)",
+    )
+    parser.add_argument(
         "--shard-samples",
         type=int,
         default=limits.num_samples,
@@ -125,6 +133,12 @@ def _distance_or_off(text: str) -> int | None:
     if text.isascii() and text.isdigit() and int(text) <= MAX_DISTANCE:
         return int(text)
     raise ArgumentTypeError(f"{text!r} is no distance; give 0 to {MAX_DISTANCE}, or off")
+
+
+def _at_least_one(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) >= 1:
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is no number of photographs; give 1 or more")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from aplantida_dist.shards.inspection import Damage, ShardFinding, inspect_shard
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import DATASET_ENTRIES
 
-OPTIONAL_ENTRIES = frozenset({"val", "test"})
+OPTIONAL_ENTRIES = frozenset({"val", "test", "report.html"})
+"""Datasets from before there was a page are sound without it."""
 
 
 class VerifyError(UserError):
