@@ -30,6 +30,8 @@ A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept 
 records.jsonl holds one JSON object a line: `latin_name` (the class) and `image_url` or `image_path`; further plant_id, common_name,
 image_source, license, attribution, region, country, which are kept, and `split` (train, val, validation or test) in all lines or none.
 The picture of a URL lies in pictures as md5(url).jpg (.jpeg, .png, .webp), an image_path is relative to pictures.
+
+What was left out, and why, is in the dataset's report.json and report.md, and with pictures in its report.html.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from aplantida_dist.shards.earlier import read_splits
 from aplantida_dist.shards.gallery import PICTURES_PER_GALLERY, choose_galleries, spread
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.place import Place
-from aplantida_dist.shards.record import MEANING_OF_REASON, LeftOut
+from aplantida_dist.shards.record import MEANING_OF_REASON, Record
 from aplantida_dist.shards.report import save_report
 from aplantida_dist.shards.report_text import to_markdown
 from aplantida_dist.shards.scarcity import ScarcityError
@@ -237,9 +238,12 @@ def test_page_and_overview_stay_bounded(tmp_path: Path) -> None:
     account = build(tmp_path / "source", tmp_path / "set")
     places = [Place(str(put(tmp_path / f"{number}", draw(number, width=200, height=190)))) for number in range(4)]
     reasons = list(MEANING_OF_REASON)
+    records = [Record(place, "twin", "c" * 2000, None, b"{}", None) for place in places]
     left_out = tuple(
-        LeftOut(f"{number:06}{'/x' * 1000}", "c" * 2000, reasons[number % len(reasons)], "d" * 2000, places[number % 4])
-        for number in range(100_000)
+        replace(record, source=f"{number:06}{'/x' * 1000}").left_out(
+            reasons[number % len(reasons)], "d" * 2000, twin=record if number % 2 else None
+        )
+        for number, record in enumerate(itertools.islice(itertools.cycle(records), 100_000))
     )
     account = replace(account, left_out=left_out, num_files=100_003)
     galleries = choose_galleries(account)
@@ -250,7 +254,7 @@ def test_page_and_overview_stay_bounded(tmp_path: Path) -> None:
     save_report(account, tmp_path / "out")
     page = Page(tmp_path / "out" / "report.html")
     assert len(page.html) < 3_000_000
-    assert len(page.pictures) == PICTURES_PER_GALLERY * len(reasons)
+    assert len(page.pictures) > 30 * len(reasons)
     assert max(map(len, page.texts)) < 10_000
     assert "c" * (MOST_CHARACTERS + 1) not in page.html
     assert len(to_markdown(account)) < 300_000
@@ -258,17 +262,17 @@ def test_page_and_overview_stay_bounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_items", [0, 1, 39, 40, 41, 1000, 100_003])
 def test_what_is_shown_is_spread_over_all(num_items: int) -> None:
-    """At most so many, in order, none twice, from the first on, with gaps of two lengths at most."""
+    """At most so many, in order, none twice, from the first on, with gaps that differ by one at most."""
     shown = spread(range(num_items), most=40)
     assert len(shown) == min(num_items, 40)
     assert shown[:1] == [0][:num_items]
-    gaps = {after - before for before, after in zip(shown, [*shown[1:], num_items], strict=False)}
+    gaps = [after - before for before, after in zip(shown, [*shown[1:], num_items], strict=False)]
     assert all(gap > 0 for gap in gaps)
-    assert len(gaps) <= 2
+    assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 def test_previews_are_safe_to_make(tmp_path: Path) -> None:
-    """Small JPEGs of what decodes; nothing of bombs, pipes, folders, cuts and what is not there; no program is started for EPS."""
+    """Small JPEGs of what decodes; nothing of bombs, pipes, folders, cuts and what is not there; no decoder but the plain ones is run."""
     os.mkfifo(tmp_path / "pipe")
     image = Image.open(io.BytesIO(photograph(0, width=90, height=300)))
     exif = Image.Exif()
@@ -276,6 +280,7 @@ def test_previews_are_safe_to_make(tmp_path: Path) -> None:
     image.save(tmp_path / "turned", "JPEG", exif=exif, comment=b"x" * 60_000)
     turned = preview_of(Place(str(tmp_path / "turned")))
     assert isinstance(turned, Thumbnail)
+    assert len(turned.jpeg) <= MAX_THUMBNAIL_BYTES
     assert (turned.width, turned.height) == (300, 90)
     assert Image.open(io.BytesIO(turned.jpeg)).size == (128, 38)
     for number, image_format in enumerate(("JPEG", "PNG", "WEBP", "GIF", "BMP")):
@@ -291,7 +296,8 @@ def test_previews_are_safe_to_make(tmp_path: Path) -> None:
     put(tmp_path / "cut", draw(8)[:-60])
     put(tmp_path / "empty", b"")
     put(tmp_path / "binary", bytes(range(256)))
-    for name in ("pipe", ".", "gone", "bomb", "large", "cut", "empty", "binary"):
+    put(tmp_path / "tiff", draw(9, image_format="TIFF"))
+    for name in ("tiff", "pipe", ".", "gone", "bomb", "large", "cut", "empty", "binary"):
         assert preview_of(Place(str(tmp_path / name))) is None
     words = "\ufeff  Größe:\n\t429 Too Many Requests " + "ä" * 1000
     found = preview_of(Place(str(put(tmp_path / "words", words.encode()))))
@@ -306,7 +312,11 @@ def test_what_disagrees_stands_side_by_side(tmp_path: Path) -> None:
     for number in range(8):
         put(source / "train" / "oak" / f"{number}.jpg", photograph(number))
     put(source / "train" / "elm" / "0.jpg", photograph(20))
-    put(source / "train" / "elm" / "0 of oak.jpg", photograph(0, width=120, height=90))
+    for number in range(5):
+        put(
+            source / "train" / "elm" / f"oak {number}.jpg",
+            photograph(0, width=120 + 8 * number, height=90 + 6 * number),
+        )
     for split, class_name in (("train", "elm"), ("train", "oak"), ("test", "elm"), ("test", "oak"), ("train", "a")):
         put(source / split / class_name / "conflict.jpg", photograph(30))
     put(source / "test" / "oak" / "small 1.jpg", photograph(1, width=80, height=60))
@@ -319,8 +329,9 @@ def test_what_disagrees_stands_side_by_side(tmp_path: Path) -> None:
     assert len(re.findall("<code>(.*?)</code>", conflict)) == conflict.count("<img") == 4
     assert "and 1 more" in conflict
     (group,) = page.exhibits("groups")
-    assert re.findall("<code>(.*?)</code>", group) == ["train/elm/0 of oak.jpg", "train/oak/0.jpg"]
-    assert re.findall("<b>(.*?)</b>", group) == ["elm", "oak"]
+    assert re.findall("<b>(.*?)</b>", group) == ["elm", "oak", "elm", "elm"]
+    assert "train/oak/0.jpg" in group
+    assert "and 2 more" in group
 
 
 def test_a_dataset_from_before_the_page_is_sound(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def remarks_of(account: Account) -> list[str]:
         if groups.disagreeing:
             told = _first_ten([record.source for record in groups.disagreeing[0]])
             remarks.append(
-                f"{len(groups.disagreeing):,} of these groups stand under several classes, listed in report.json, first {told}"
+                f"{len(groups.disagreeing):,} of these groups stand under several classes, all in report.json; the first: {told}"
             )
     use = account.metadata
     if use is not None and use.unmatched:
@@ -191,7 +191,7 @@ def _classes(count: int) -> str:
 
 
 def _first_ten(names: Sequence[str]) -> str:
-    return ", ".join(map(shortened, names[:10])) + (", …" if len(names) > 10 else "")
+    return ", ".join(map(shortened, names[:10])) + (", … (all in report.json)" if len(names) > 10 else "")
 
 
 def forbids(licence_name: str) -> str:

@@ -51,7 +51,7 @@ def _tiles(account: Account) -> str:
         ("samples written", f"{account.num_samples:,}", shares),
         ("left out", f"{len(account.left_out):,}", f"{len(account.left_out) / account.num_files:.1%} of {account.num_files:,} {account.counted}"),
         ("classes", f"{len(account.class_names):,}", f"{few:,} of them few ({MEANING_OF_FREQUENCY['few']})"),
-        ("size", f"{num_bytes / 1e6:,.1f} MB", f"seed {account.seed}"),
+        ("size", f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB", f"seed {account.seed}"),
     ]  # fmt: skip
     return tiles(numbers)
 
@@ -67,11 +67,11 @@ def _reasons(account: Account) -> str:
     if not counts:
         return '<p class="nothing">Nothing was left out.</p>'
     rows = "".join(_reason_row(reason, count, most=max(counts.values())) for reason, count in counts.items())
-    others = ", ".join(reason for reason in MEANING_OF_REASON if reason not in counts)
+    others = [reason for reason in MEANING_OF_REASON if reason not in counts]
+    nothing = f'<p class="nothing">Nothing was left out as {", ".join(others)}.</p>' if others else ""
     return (
         f'<div class="scroll"><table class="reasons"><thead><tr><th>reason</th><th>{escape(account.counted)}</th><th></th>'
-        f"<th>what it means</th></tr></thead><tbody>{rows}</tbody></table></div>"
-        f'<p class="nothing">Nothing was left out as {others}.</p>'
+        f"<th>what it means</th></tr></thead><tbody>{rows}</tbody></table></div>{nothing}"
     )
 
 
