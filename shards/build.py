@@ -12,7 +12,7 @@ from pathlib import Path
 
 from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.errors import UserError
-from aplantida_dist.shards.account import Account, to_text
+from aplantida_dist.shards.account import Account
 from aplantida_dist.shards.audit import MIN_SIDE
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.class_names import read_class_names
@@ -22,6 +22,7 @@ from aplantida_dist.shards.joined import joined
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.licence import parse_requirement
 from aplantida_dist.shards.placement import require_free_place
+from aplantida_dist.shards.report_text import to_text
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.subset import SubsetOptions, build_subset
 from aplantida_dist.shards.tars import read_tars
@@ -47,6 +48,7 @@ as they are: the dataset holds indexes onto them. The class is the `latin_name` 
 --from-dataset makes a subset: every photograph keeps its split, its bytes and its metadata, and the subset names its parent by digest.
 --where FIELD=VALUE[,VALUE…] compares a field of KEY.json, as text, exactly (a value with a comma stands in double quotes);
 FIELD!=VALUE is its opposite, also met where the field is absent. Given several times, all must hold.
+What was left out, and why, is in the dataset's report.json and report.md, and with pictures in its report.html.
 """
 
 OF_SUBSETS = frozenset(
@@ -80,7 +82,7 @@ def main() -> None:
     options = _parser().parse_args()
     account = _build(options) if options.from_dataset is None else _build_subset(options)
     print(to_text(account))
-    print(f"report: {options.out / 'report.md'}")
+    print(f"report: {options.out / 'report.md'}, with pictures of what was left out: {options.out / 'report.html'}")
 
 
 def _build(options: argparse.Namespace) -> Account:
@@ -103,6 +105,7 @@ def _build(options: argparse.Namespace) -> Account:
             keep_splits_of=options.keep_splits,
             near_distance=options.near_duplicates,
             min_side=options.min_side,
+            min_samples=options.min_samples,
         ),
     )
 
@@ -212,6 +215,13 @@ def _parser() -> CommandParser:
         default=MIN_SIDE,
         metavar="PX",
         help=f"leave out pictures whose shorter side, upright, has fewer pixels (default: {MIN_SIDE})",
+    )
+    parser.add_argument(
+        "--min-samples",
+        type=count,
+        default=1,
+        metavar="N",
+        help="leave out classes with fewer usable photographs, whole; near duplicates count each (default: 1, none)",
     )
     parser.add_argument(
         "--shard-samples",

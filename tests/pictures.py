@@ -50,6 +50,7 @@ def build(
     limits: ShardLimits | None = None,
     keep_splits_of: Path | None = None,
     near_distance: int | None = 2,
+    min_samples: int = 1,
 ) -> Account:
     """Build in this process."""
     options = BuildOptions(
@@ -59,6 +60,7 @@ def build(
         replace=replace,
         keep_splits_of=keep_splits_of,
         near_distance=near_distance,
+        min_samples=min_samples,
     )
     return build_dataset(read_folder(folder), dataset_dir, options=options)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,6 +13,7 @@ from aplantida_dist.analysis.table import Table, epoch_table, run_table
 from aplantida_dist.analysis.verdict import Verdict
 from aplantida_dist.analysis.verdicts import JudgedRun, gravest
 from aplantida_dist.analysis.wording import ABSENT, count_text, loss_text, percent_text, speed_text
+from aplantida_dist.web_page import data_uri, heading, table, tiles, web_page
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,7 @@ class Picture:
 
 
 def page(runs: Sequence[JudgedRun], *, together: Sequence[Verdict], pictures: Sequence[Picture]) -> str:
-    """The whole page: verdicts first, then plots, epochs and what the runs were made of.
-
-    The content security policy forbids every load from elsewhere and every script, whatever a name may hold.
-    """
+    """The whole page: verdicts first, then plots, epochs and what the runs were made of."""
     several = len(runs) > 1
     title = " · ".join(run.curves.name for run in runs)
     sections = [
@@ -46,19 +43,12 @@ def page(runs: Sequence[JudgedRun], *, together: Sequence[Verdict], pictures: Se
         *(_facts(run.curves) for run in runs),
         "<footer>Written by aplantida_dist.analyze. Accuracies are shares of the samples counted; losses are means over them.</footer>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)} – training report</title>\n<style>{STYLESHEET}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return web_page(f"{title} – training report", sections, stylesheet=STYLESHEET)
 
 
 def _header(runs: Sequence[JudgedRun], *, title: str) -> str:
     if len(runs) > 1:
-        heading, lead = f"{len(runs)} runs compared", title
+        name, lead = f"{len(runs)} runs compared", title
     else:
         curves = runs[0].curves
         known = [count_text(len(curves.epochs), "epoch")]
@@ -67,41 +57,36 @@ def _header(runs: Sequence[JudgedRun], *, title: str) -> str:
         if curves.rows:
             known.append(count_text(curves.rows[-1].train.expected_samples, "train sample"))
             known.append(f"last epoch ended {curves.rows[-1].time_utc}")
-        heading, lead = curves.name, " · ".join(known)
-    return f'<p class="overline">Training report</p>\n<h1>{escape(heading)}</h1>\n<p class="lead">{escape(lead)}</p>'
+        name, lead = curves.name, " · ".join(known)
+    return heading("Training report", name, lead=lead)
 
 
 def _tiles(curves: Curves) -> str:
     """The four or five numbers that a reader wants first."""
     best, last = best_epoch(curves), len(curves.epochs) - 1
-    tiles: list[tuple[str, str, str]] = []
+    numbers: list[tuple[str, str, str]] = []
     if best is not None:
         at = f"epoch {curves.epochs[best.index]}, the best"
-        tiles += [
+        numbers += [
             ("val top-1", percent_text(curves.val.top1[best.index]), at),
             ("val top-5", percent_text(curves.val.top5[best.index]), at),
             ("val loss", loss_text(curves.val.loss[best.index]), at),
         ]
-    tiles += [
+    numbers += [
         ("train top-1", percent_text(curves.train.top1[last]), f"epoch {curves.epochs[last]}, the last"),
         ("train loss", loss_text(curves.train.loss[last]), f"epoch {curves.epochs[last]}, the last"),
     ]
     if speeds := list(finite(curves.images_per_s).values()):
         waits = list(finite(curves.wait_fraction).values())
-        tiles.append(
+        numbers.append(
             ("images/s", speed_text(median(speeds)), f"{percent_text(median(waits) if waits else None)} waiting")
         )
-    cells = (
-        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(where)}</small></dd></div>'
-        for name, value, where in tiles
-        if value != ABSENT
-    )
-    return f'<dl class="tiles">{"".join(cells)}</dl>'
+    return tiles([number for number in numbers if number[1] != ABSENT])
 
 
 def _comparison(runs: Sequence[JudgedRun]) -> str:
-    table = run_table([run.curves for run in runs], gravest=[gravest(run) for run in runs])
-    return f"<h2>Comparison</h2>\n{_table(table, kind='runs')}"
+    compared = run_table([run.curves for run in runs], gravest=[gravest(run) for run in runs])
+    return f"<h2>Comparison</h2>\n{_table(compared, kind='runs')}"
 
 
 def _cards(verdicts: Sequence[Verdict]) -> str:
@@ -136,26 +121,19 @@ def _figure(picture: Picture) -> str:
 
 
 def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{b64encode(png).decode()}"
+    return data_uri(png, media_type="image/png")
 
 
 def _epochs(curves: Curves, *, folded: bool) -> str:
-    table = _table(epoch_table(curves), kind="epochs")
+    epochs = _table(epoch_table(curves), kind="epochs")
     if not folded:
-        return table
+        return epochs
     count = count_text(len(curves.epochs), "epoch")
-    return f"<details><summary>{escape(curves.name)} – {count}</summary>{table}</details>"
+    return f"<details><summary>{escape(curves.name)} – {count}</summary>{epochs}</details>"
 
 
-def _table(table: Table, *, kind: str) -> str:
-    heads = "".join(f"<th>{escape(head)}</th>" for head in table.heads)
-    rows = "".join(
-        f"<tr{' class=marked' if i == table.marked else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-        for i, row in enumerate(table.rows)
-    )
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+def _table(content: Table, *, kind: str) -> str:
+    return table(content.heads, content.rows, kind=kind, marked=content.marked)
 
 
 def _facts(curves: Curves) -> str:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from aplantida_dist.data.manifest import Manifest
-from aplantida_dist.files import write_json, write_whole
+from aplantida_dist.shards.census import FrequencyCount, count_frequencies
 from aplantida_dist.shards.licence import parse_licence
-from aplantida_dist.shards.record import MEANING_OF_REASON, LeftOut, Reason
+from aplantida_dist.shards.record import MEANING_OF_REASON, LeftOut, Reason, Record
 from aplantida_dist.shards.selection import SelectionUse
 from aplantida_dist.shards.source import MetadataUse
 
-REPORT_FILES = ("report.json", "report.md")
+REPORT_FILES = ("report.json", "report.md", "report.html")
 REPORT_VERSION = 1
-LISTED_PER_REASON = 20
+MOST_CHARACTERS = 300
+"""Of a name or a detail in report.md and report.html: a URL in a record may have a million. report.json holds them whole."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class SplitsUse:
 
 @dataclass(frozen=True)
 class GroupsUse:
-    """The groups of photographs whose looks differ in at most `distance` bits; `disagreeing` are the sources of those under several classes."""
+    """The groups of photographs whose looks differ in at most `distance` bits; `disagreeing` are those under several classes."""
 
     distance: int
     num_groups: int
     num_photographs: int
-    disagreeing: tuple[tuple[str, ...], ...]
+    disagreeing: tuple[tuple[Record, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Account:
 
     `source_name` is the last part of the source's path. `num_files` is how many came in, of what `counted` says: files, records
     or samples. Of a subset `seed` is None, for nothing in it is drawn, and `selection` is not.
-    `classes_without_samples` stood in the source, but nothing of them was usable. `licence_counts` has the samples of each
-    licence, the most frequent first; it is empty where no sample states one.
+    `classes_without_samples` stood in the source, but nothing of them was usable; those with fewer than `min_samples` usable
+    photographs are not among them. `licence_counts` has the samples of each licence, the most frequent first; it is empty where
+    no sample states one.
     """
 
     source_name: str
@@ -52,6 +54,7 @@ class Account:
     seed: int | None
     num_files: int
     class_names: tuple[str, ...]
+    min_samples: int
     classes_without_samples: tuple[str, ...]
     manifests: tuple[Manifest, ...]
     left_out: tuple[LeftOut, ...]
@@ -76,12 +79,16 @@ class Account:
         counts["not_selected"] += 0 if self.selection is None else self.selection.num_not_selected
         return {reason: counts[reason] for reason in MEANING_OF_REASON}
 
+    @property
+    def scarce_classes(self) -> dict[str, int]:
+        """The classes that `min_samples` left out, with their usable photographs, by name."""
+        few = Counter(str(left_out.class_name) for left_out in self.left_out if left_out.reason == "few_samples")
+        return dict(sorted(few.items()))
 
-def save_account(account: Account, dataset_dir: Path) -> None:
-    """Write report.json (everything) and report.md (for reading)."""
-    json_path, markdown_path = (dataset_dir / name for name in REPORT_FILES)
-    write_json(json_path, to_json(account))
-    write_whole(markdown_path, to_markdown(account).encode())
+    @property
+    def frequencies(self) -> tuple[FrequencyCount, ...]:
+        """Many, medium and few: the classes of each, and their samples in every split."""
+        return count_frequencies(self.manifests, num_classes=len(self.class_names))
 
 
 def to_json(account: Account) -> dict[str, Any]:
@@ -95,66 +102,44 @@ def to_json(account: Account) -> dict[str, Any]:
         "num_samples": account.num_samples,
         "num_left_out": account.num_left_out,
         "splits": {
-            manifest.split: {**_split_row(manifest), "licence": manifest.licence} for manifest in account.manifests
+            manifest.split: {**split_row(manifest), "licence": manifest.licence} for manifest in account.manifests
         },
         "licence_counts": account.licence_counts,
         "left_out_by_reason": account.left_out_by_reason,
         "left_out": [_left_out_row(left_out) for left_out in account.left_out],
+        "min_samples": account.min_samples,
+        "scarce_classes": account.scarce_classes,
         "classes_without_samples": account.classes_without_samples,
+        "frequencies": {
+            count.frequency: {"num_classes": count.num_classes, **count.num_samples} for count in account.frequencies
+        },
         "class_counts": {
             name: {manifest.split: manifest.class_counts.get(str(label), 0) for manifest in account.manifests}
             for label, name in enumerate(account.class_names)
         },
         "metadata": None if account.metadata is None else asdict(account.metadata),
         "kept_splits": None if account.kept_splits is None else asdict(account.kept_splits),
-        "groups": None if account.groups is None else asdict(account.groups),
         "selection": None if account.selection is None else asdict(account.selection),
+        "groups": None if account.groups is None else _groups_row(account.groups),
     }
 
 
-def to_text(account: Account) -> str:
-    """The account as the console shows it: a table of the splits, a table of what was left out, and their sum."""
-    lines = ["split   samples  classes  shards       MB"]
-    for manifest in account.manifests:
-        row = _split_row(manifest)
-        lines.append(
-            f"{manifest.split:<6} {row['num_samples']:>8,} {row['num_classes']:>8,} {row['num_shards']:>7,} {row['bytes'] / 1e6:>8,.1f}"
-        )
-    for reason, count in account.left_out_by_reason.items():
-        if count:
-            lines.append(f"left out {count:>6,}  {reason}: {MEANING_OF_REASON[reason]}")
-    lines += [f"licence  {count:>6,}  {name}{_forbids(name)}" for name, count in account.licence_counts.items()]
-    lines.append(_sum_of(account))
-    lines += _remarks(account)
-    return "\n".join(lines)
-
-
-def to_markdown(account: Account) -> str:
-    """The account as report.md: the same tables, the classes from rare to frequent, and examples of what was left out."""
-    lines = [f"# What became of `{account.source_name}`", "", f"- {_sum_of(account)}"]
-    lines += [f"- {remark}" for remark in _remarks(account)]
-    lines += ["", "| split | samples | classes | shards | MB |", "|---|--:|--:|--:|--:|"]
-    for manifest in account.manifests:
-        row = _split_row(manifest)
-        lines.append(
-            f"| {manifest.split} | {row['num_samples']:,} | {row['num_classes']:,} | {row['num_shards']:,} | {row['bytes'] / 1e6:,.1f} |"
-        )
-    lines += _licence_table(account)
-    lines += ["", "## Left out", "", f"| reason | {account.counted} | what it means |", "|---|--:|---|"]
-    lines += [
-        f"| {reason} | {account.left_out_by_reason[reason]:,} | {text} |" for reason, text in MEANING_OF_REASON.items()
-    ]
-    lines += _examples(account)
-    lines += _class_table(account)
-    return "\n".join(lines) + "\n"
-
-
-def _split_row(manifest: Manifest) -> dict[str, int]:
+def split_row(manifest: Manifest) -> dict[str, int]:
+    """The size of a split."""
     return {
         "num_samples": manifest.num_samples,
         "num_classes": len(manifest.class_counts),
         "num_shards": len(manifest.shards),
         "bytes": sum(shard.bytes for shard in manifest.shards),
+    }
+
+
+def _groups_row(groups: GroupsUse) -> dict[str, Any]:
+    return {
+        "distance": groups.distance,
+        "num_groups": groups.num_groups,
+        "num_photographs": groups.num_photographs,
+        "disagreeing": [[record.source for record in group] for group in groups.disagreeing],
     }
 
 
@@ -167,21 +152,25 @@ def _left_out_row(left_out: LeftOut) -> dict[str, str | None]:
     }
 
 
-def _sum_of(account: Account) -> str:
+def sum_of(account: Account) -> str:
+    """The identity that every build keeps, as a line."""
     return f"{account.num_files:,} {account.counted} = {account.num_samples:,} samples written + {account.num_left_out:,} left out"
 
 
-def _remarks(account: Account) -> list[str]:
+def remarks_of(account: Account) -> list[str]:
     """What a reader must know beside the tables, one line each."""
     remarks = [] if account.selection is None else account.selection.remarks(num_left_out=account.num_left_out)
-    if account.classes_without_samples:
-        names = account.classes_without_samples
-        shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-        remarks.append(f"{len(names):,} classes hold nothing usable and are not in classes.json: {shown}")
+    if names := account.classes_without_samples:
+        remarks.append(f"{_classes(len(names))} without a usable photograph, not in classes.json: {_first_ten(names)}")
+    if scarce := account.scarce_classes:
+        told = _first_ten([f"{name} ({count})" for name, count in scarce.items()])
+        remarks.append(
+            f"{_classes(len(scarce))} with fewer than {account.min_samples} usable photographs (--min-samples), left out whole: {told}"
+        )
     if account.kept_splits is not None:
         kept = account.kept_splits
         remarks.append(
-            f"{kept.num_kept:,} photographs keep the split of the earlier dataset, {kept.num_gone:,} of it are no longer here"
+            f"{kept.num_kept:,} photographs keep the split of the earlier dataset, {kept.num_gone:,} of it are not in this one"
         )
     if account.groups is not None and account.groups.num_groups:
         groups = account.groups
@@ -189,8 +178,9 @@ def _remarks(account: Account) -> list[str]:
             f"{groups.num_photographs:,} photographs form {groups.num_groups:,} groups of nearly the same look, none of which spans two splits"
         )
         if groups.disagreeing:
+            told = _first_ten([record.source for record in groups.disagreeing[0]])
             remarks.append(
-                f"{len(groups.disagreeing):,} of these groups stand under several classes, listed in report.json, first {', '.join(groups.disagreeing[0][:10])}"
+                f"{len(groups.disagreeing):,} of these groups stand under several classes, all in report.json; the first: {told}"
             )
     if num_foreign := sum(shard.is_foreign for manifest in account.manifests for shard in manifest.shards):
         remarks.append(
@@ -200,7 +190,7 @@ def _remarks(account: Account) -> list[str]:
     if use is not None and use.unmatched:
         number, image_path = use.unmatched[0]
         remarks.append(
-            f"{len(use.unmatched):,} of {use.num_lines:,} metadata lines name no file in a class folder, first line {number}: {image_path}"
+            f"{len(use.unmatched):,} of {use.num_lines:,} metadata lines name no file in a class folder, first line {number}: {shortened(image_path)}"
         )
     if use is not None and use.num_files_without_line:
         remarks.append(
@@ -209,46 +199,25 @@ def _remarks(account: Account) -> list[str]:
     return remarks
 
 
-def _forbids(licence_name: str) -> str:
+def _classes(count: int) -> str:
+    return f"{count:,} class{'' if count == 1 else 'es'}"
+
+
+def _first_ten(names: Sequence[str]) -> str:
+    return ", ".join(map(shortened, names[:10])) + (", … (all in report.json)" if len(names) > 10 else "")
+
+
+def forbids(licence_name: str) -> str:
+    """What a licence does not allow, as a remark behind its name; empty where it allows everything."""
     licence = parse_licence(licence_name)
     allowed = {"commercial use": licence.allows_commercial, "derivatives": licence.allows_derivatives}
     forbidden = [use for use, is_allowed in allowed.items() if not is_allowed]
     return f" (no {', no '.join(forbidden)})" if forbidden else ""
 
 
-def _licence_table(account: Account) -> list[str]:
-    if not account.licence_counts:
-        return []
-    lines = ["", "## Licences", "", "| licence | samples |", "|---|--:|"]
-    lines += [f"| {name}{_forbids(name)} | {count:,} |" for name, count in account.licence_counts.items()]
-    stated = ", ".join(f"{manifest.split} {manifest.licence}" for manifest in account.manifests if manifest.licence)
-    return [*lines, "", f"The most restrictive inside: {stated}."]
-
-
-def _examples(account: Account) -> list[str]:
-    lines = []
-    for reason in MEANING_OF_REASON:
-        files = [left_out for left_out in account.left_out if left_out.reason == reason]
-        if files:
-            lines += ["", f"### {reason}", ""]
-            lines += [
-                f"- `{_cell(file.source)}`" + (f": {_cell(file.detail)}" if file.detail else "")
-                for file in files[:LISTED_PER_REASON]
-            ]
-        if len(files) > LISTED_PER_REASON:
-            lines.append(f"- and {len(files) - LISTED_PER_REASON:,} more, listed in report.json")
-    return lines
-
-
-def _class_table(account: Account) -> list[str]:
-    splits = [manifest.split for manifest in account.manifests]
-    counts = [manifest.counts_of_classes(len(account.class_names)) for manifest in account.manifests]
-    rows = sorted(zip(account.class_names, *counts, strict=True), key=lambda row: (row[1], row[0]))
-    lines = ["", "## Classes, rarest first", ""]
-    lines += [f"| class | {' | '.join(splits)} |", f"|---|{'--:|' * len(splits)}"]
-    return lines + [f"| {_cell(name)} | {' | '.join(f'{count:,}' for count in row)} |" for name, *row in rows]
-
-
-def _cell(text: str) -> str:
-    """Text that neither ends a table cell nor a line."""
-    return " ".join(text.split()).replace("|", "\\|")
+def shortened(text: str) -> str:
+    """Text of at most MOST_CHARACTERS, cut in the middle: names differ at their ends."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]} … {text[-half:]}"

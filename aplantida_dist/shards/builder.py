@@ -12,7 +12,7 @@ from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap
 from aplantida_dist.data.manifest import SPLITS, Manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
-from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse, save_account
+from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse
 from aplantida_dist.shards.audit import MIN_SIDE, Candidate, Fault, audit_places, keys_of_places, sample_key_of
 from aplantida_dist.shards.copies import drop_copies, leave_out_refused, part_by_licence, stated_licence
 from aplantida_dist.shards.earlier import read_splits
@@ -21,6 +21,8 @@ from aplantida_dist.shards.licence import ANY_LICENCE, Requirement, count_licenc
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_apart, require_free_place
 from aplantida_dist.shards.record import LeftOut, Record
+from aplantida_dist.shards.report import save_report
+from aplantida_dist.shards.scarcity import leave_out_few
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.tar_index import require_unchanged
 from aplantida_dist.shards.views import separate_views
@@ -37,7 +39,7 @@ class BuildOptions:
 
     `keep_splits_of` is an earlier dataset whose photographs keep their split. Pictures whose looks differ in at most
     `near_distance` bits form a group, which stays in one split; None looks for no groups. A picture has `min_side` pixels
-    on its shorter side at least.
+    on its shorter side at least. Classes with fewer than `min_samples` usable photographs are left out whole.
     """
 
     seed: int
@@ -48,6 +50,7 @@ class BuildOptions:
     keep_splits_of: Path | None = None
     near_distance: int | None = None
     min_side: int = MIN_SIDE
+    min_samples: int = 1
 
 
 def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -> Account:
@@ -66,7 +69,8 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
     candidates, unusable = _audit(source.records, options=options)
     groups = () if options.near_distance is None else find_groups(candidates, distance=options.near_distance)
     candidates, leaks = leave_out_leaks(candidates, groups=groups, kept=kept)
-    left_out = tuple(sorted((*source.outside, *unusable, *leaks), key=_natural_order))
+    candidates, few = leave_out_few(candidates, min_samples=options.min_samples)
+    left_out = tuple(sorted((*source.outside, *unusable, *leaks, *few), key=_natural_order))
     of_split = _assign_splits(candidates, given=source.splits, groups=groups, kept=kept, seed=options.seed)
     class_map = _class_map_of(of_split, source, left_out=left_out)
     with placed(dataset_dir, replace=options.replace) as partial_dir:
@@ -77,7 +81,10 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
             seed=options.seed,
             num_files=len(source.records) + len(source.outside),
             class_names=class_map.class_names,
-            classes_without_samples=tuple(sorted(set(source.class_names) - set(class_map.class_names))),
+            min_samples=options.min_samples,
+            classes_without_samples=tuple(
+                sorted(set(source.class_names) - set(class_map.class_names) - {one.class_name for one in few})
+            ),
             manifests=tuple(_write(of_split, partial_dir, source=source, class_map=class_map, options=options)),
             left_out=left_out,
             licence_counts=count_licences(candidate.record.licence for candidate in candidates),
@@ -85,7 +92,7 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
             kept_splits=None if options.keep_splits_of is None else _use_of_splits(kept, candidates),
             groups=None if options.near_distance is None else _use_of_groups(groups, distance=options.near_distance),
         )
-        save_account(account, partial_dir)
+        save_report(account, partial_dir)
         require_unchanged(source.tars)
     return account
 
@@ -132,7 +139,7 @@ def _use_of_groups(groups: Sequence[Group], *, distance: int) -> GroupsUse:
         num_groups=len(groups),
         num_photographs=sum(len(group.members) for group in groups),
         disagreeing=tuple(
-            tuple(sorted(member.record.source for member in group.members))
+            tuple(sorted((member.record for member in group.members), key=lambda record: record.source))
             for group in groups
             if len(group.class_names) > 1
         ),
@@ -199,14 +206,19 @@ def _class_map_of(of_split: dict[str, list[Candidate]], source: Source, *, left_
             f"{source.where}: not one picture of {empty[0]} can be used (left out: {reasons or 'nothing'}); "
             "check the source, and try one file with an image viewer"
         )
-    classes = {split: {member.record.class_name for member in members} for split, members in of_split.items()}
-    unknown = sorted(set().union(*classes.values()) - classes["train"])
+    counts = {split: Counter(member.record.class_name for member in members) for split, members in of_split.items()}
+    unknown = sorted(set().union(*counts.values()) - counts["train"].keys())
     if unknown:
+        told = ", ".join(f"{name}: {_counts_text(name, counts)}" for name in unknown[:10])
         raise BuildError(
-            f"{source.where}: no usable picture is left in train for {len(unknown)} classes of val or test ({', '.join(unknown[:10])}); "
-            "add train pictures of them that are in no other split, or remove these classes"
+            f"{source.where}: {len(unknown):,} of the classes of val or test are unknown to train, which has no usable picture "
+            f"of them left ({told}{', …' if len(unknown) > 10 else ''}); add train pictures that are in no other split, or remove these classes"
         )
-    return ClassMap(tuple(sorted(classes["train"])))
+    return ClassMap(tuple(sorted(counts["train"])))
+
+
+def _counts_text(class_name: str, counts: Mapping[str, Counter[str]]) -> str:
+    return " and ".join(f"{count[class_name]:,} in {split}" for split, count in counts.items() if count[class_name])
 
 
 def _write(

@@ -64,13 +64,15 @@ def drop_copies(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[
     for copies in copies_of_key.values():
         classes = sorted({copy.record.class_name for copy in copies})
         if len(classes) > 1:
-            left_out += [copy.record.left_out("conflicting_labels", f"under {', '.join(classes)}") for copy in copies]
+            detail, twin = f"under {', '.join(classes)}", copies[0].record
+            left_out += [copy.record.left_out("conflicting_labels", detail, twin=twin) for copy in copies]
             continue
         first, *others = sorted(copies, key=_preference)
         kept.append(_under_the_strictest_licence(first, copies))
         for copy in others:
             reason: Reason = "duplicate" if copy.record.split == first.record.split else "leak"
-            left_out.append(copy.record.left_out(reason, f"same bytes as {first.record.source}"))
+            detail, twin = f"same bytes as {first.record.source}", first.record
+            left_out.append(copy.record.left_out(reason, detail, twin=twin))
     return kept, left_out
 
 

@@ -99,11 +99,12 @@ def leave_out_leaks(
     for group in groups:
         given = {member.picture.sample_key: given_split(member, kept=kept) for member in group.members}
         stays_in = min(set(given.values()), key=COPY_STAYS_IN.index)
-        stays = min(member.record.source for member in group.members if given[member.picture.sample_key] == stays_in)
+        staying = (member.record for member in group.members if given[member.picture.sample_key] == stays_in)
+        stays = min(staying, key=lambda record: record.source)
         for member in group.members:
             if given[member.picture.sample_key] not in (stays_in, None):
-                detail = f"looks nearly the same as {stays}"
-                leak_of_key[member.picture.sample_key] = member.record.left_out("leak", detail)
+                detail = f"looks nearly the same as {stays.source}"
+                leak_of_key[member.picture.sample_key] = member.record.left_out("leak", detail, twin=stays)
     return [each for each in candidates if each.picture.sample_key not in leak_of_key], list(leak_of_key.values())
 
 

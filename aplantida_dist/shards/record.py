@@ -29,6 +29,7 @@ Reason = Literal[
     "bad_metadata",
     "not_selected",
     "untrained_class",
+    "few_samples",
 ]
 
 MEANING_OF_REASON: dict[Reason, str] = {
@@ -52,6 +53,7 @@ MEANING_OF_REASON: dict[Reason, str] = {
     "bad_metadata": "a sample of a tar whose .json or .cls cannot be understood",
     "not_selected": "a sample of the parent that the subset does not ask for",
     "untrained_class": "in val or test, of a class of which the subset keeps nothing in train",
+    "few_samples": "of a class with fewer usable photographs than --min-samples",
 }
 """Every reason for which a record is left out, in the order of the report."""
 
@@ -72,9 +74,9 @@ class Record:
     metadata: bytes
     licence: Licence | None
 
-    def left_out(self, reason: Reason, detail: str) -> LeftOut:
+    def left_out(self, reason: Reason, detail: str, *, twin: Record | None = None) -> LeftOut:
         """This record as one that does not become a sample."""
-        return LeftOut(self.source, self.class_name, reason, detail, self.place)
+        return LeftOut(self.source, self.class_name, reason, detail, self.place, twin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ class LeftOut:
     """One file or record that did not become a sample.
 
     `detail` says what was found; `class_name` is None outside the class folders; `place` is None where no bytes are there, and
-    is not part of the report's data: it leads to the picture while the dataset is built.
+    is not part of the report's data: it leads to the picture while the dataset is built. So does `twin`, the record with the same
+    picture: of a duplicate or leak the one that was preferred, of conflicting labels the first of all that conflict; None for other reasons.
     """
 
     source: str
@@ -90,3 +93,4 @@ class LeftOut:
     reason: Reason
     detail: str
     place: Place | None
+    twin: Record | None = None

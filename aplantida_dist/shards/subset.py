@@ -15,10 +15,11 @@ from aplantida_dist.data.index import ShardError, read_member, read_metadata, re
 from aplantida_dist.data.manifest import Manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json, sha256_of_file
-from aplantida_dist.shards.account import Account, save_account
+from aplantida_dist.shards.account import Account
 from aplantida_dist.shards.licence import ANY_LICENCE, Licence, Requirement, count_licences, licence_inside
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_apart, require_free_place
+from aplantida_dist.shards.report import save_report
 from aplantida_dist.shards.selection import Criteria, SelectedSplit, Selection, SelectionUse, select
 from aplantida_dist.shards.where import Condition
 from aplantida_dist.shards.writer import Sample, ShardLimits, write_split
@@ -70,7 +71,7 @@ def build_subset(parent_dir: Path, dataset_dir: Path, *, options: SubsetOptions)
             if selected.num_samples
         )
         account = _account_of(parent, selection, criteria=criteria, class_map=class_map, manifests=manifests)
-        save_account(account, partial_dir)
+        save_report(account, partial_dir)
     return account
 
 
@@ -180,6 +181,7 @@ def _account_of(
         seed=None,
         num_files=sum(selected.split.num_samples for selected in selection.splits),
         class_names=class_map.class_names,
+        min_samples=1,
         classes_without_samples=(),
         manifests=manifests,
         left_out=left_out,

@@ -23,7 +23,8 @@ from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import DATASET_ENTRIES
 from aplantida_dist.shards.view_inspection import inspect_view
 
-OPTIONAL_ENTRIES = frozenset({"val", "test"})
+OPTIONAL_ENTRIES = frozenset({"val", "test", "report.html"})
+"""Datasets from before there was a page are sound without it."""
 
 
 class VerifyError(UserError):
