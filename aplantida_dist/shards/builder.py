@@ -15,14 +15,15 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse, save_account
 from aplantida_dist.shards.audit import Candidate, Fault, audit_places, drop_copies, sample_key_of
+from aplantida_dist.shards.claim import claimed
 from aplantida_dist.shards.earlier import read_splits
 from aplantida_dist.shards.groups import Group, find_groups, leave_out_leaks, split_by_group
 from aplantida_dist.shards.licence import ANY_LICENCE, UNKNOWN, Requirement, strictest
 from aplantida_dist.shards.pace import with_pace
-from aplantida_dist.shards.placement import placed, require_free_place
+from aplantida_dist.shards.placement import placed, require_free_place, require_room
 from aplantida_dist.shards.record import LeftOut, Record
 from aplantida_dist.shards.source import Source
-from aplantida_dist.shards.writer import Sample, ShardLimits, write_split
+from aplantida_dist.shards.writer import Sample, ShardLimits, num_bytes_of_sample, write_split
 
 
 class BuildError(UserError):
@@ -55,6 +56,12 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
     dataset_dir = dataset_dir.absolute()
     _require_apart(source.pictures_dir, dataset_dir)
     require_free_place(dataset_dir, replace=options.replace)
+    with claimed(dataset_dir):
+        return _build(source, dataset_dir, options=options)
+
+
+def _build(source: Source, dataset_dir: Path, *, options: BuildOptions) -> Account:
+    require_free_place(dataset_dir, replace=options.replace)
     if not source.records:
         raise BuildError(_told_of_nothing(source))
     kept = _read_kept_splits(source, options=options)
@@ -65,6 +72,7 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
     left_out = tuple(sorted((*source.outside, *unlicensed, *unusable, *leaks), key=_natural_order))
     of_split = _assign_splits(candidates, given=source.splits, groups=groups, kept=kept, seed=options.seed)
     class_map = _class_map_of(of_split, source, left_out=left_out)
+    require_room(dataset_dir, num_bytes=_num_bytes_of(candidates))
     with placed(dataset_dir, replace=options.replace) as partial_dir:
         class_map.save(partial_dir / CLASSES_FILE)
         account = Account(
@@ -169,6 +177,16 @@ def _audit(records: Sequence[Record], *, options: BuildOptions) -> tuple[list[Ca
             candidates.append(Candidate(record, finding))
     kept, copies = drop_copies(candidates)
     return kept, left_out + copies
+
+
+def _num_bytes_of(candidates: Sequence[Candidate]) -> int:
+    """What the samples will take in tars."""
+    return sum(
+        num_bytes_of_sample(
+            num_image_bytes=candidate.picture.num_bytes, num_metadata_bytes=len(candidate.record.metadata)
+        )
+        for candidate in candidates
+    )
 
 
 def _licence_counts_of(candidates: Sequence[Candidate]) -> dict[str, int]:
