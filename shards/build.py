@@ -7,7 +7,8 @@ import os
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from aplantida_dist.command import CommandParser, run_command
+from aplantida_dist.command import CommandParser, count, run_command
+from aplantida_dist.data.manifest import MAX_QUALITY, Reencoding
 from aplantida_dist.errors import UserError
 from aplantida_dist.shards.account import to_text
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
@@ -16,6 +17,7 @@ from aplantida_dist.shards.groups import MAX_DISTANCE
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.licence import parse_requirement
 from aplantida_dist.shards.placement import require_free_place
+from aplantida_dist.shards.reencode import DEFAULT_QUALITY
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.writer import ShardLimits
 
@@ -23,6 +25,7 @@ EXAMPLE = """\
 example:
   python shards/build.py --from-folder my_pictures --out shards/mine
   python shards/build.py --from-jsonl records.jsonl --image-dir pictures --require-license commercial --out shards/mine
+  python shards/build.py --from-folder my_pictures --max-side 512 --quality 90 --out shards/small
 
 my_pictures holds one folder a class, or train/, val/ (or validation/) and test/ with one folder a class in each.
 A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept with each sample as KEY.json.
@@ -36,6 +39,7 @@ The picture of a URL lies in pictures as md5(url).jpg (.jpeg, .png, .webp), an i
 def main() -> None:
     options = _parser().parse_args()
     requirement = parse_requirement(options.require_license)
+    reencoding = _reencoding_of(options)
     # Before the source is read: a million records take half a minute.
     require_free_place(options.out, replace=options.replace)
     account = build_dataset(
@@ -49,6 +53,7 @@ def main() -> None:
             licence=requirement,
             keep_splits_of=options.keep_splits,
             near_distance=options.near_duplicates,
+            reencoding=reencoding,
         ),
     )
     print(to_text(account))
@@ -63,6 +68,15 @@ def _read_source(options: argparse.Namespace) -> Source:
     if options.image_dir is None:
         raise UserError("--from-jsonl needs --image-dir, the folder of the pictures; see shards/build.py --help")
     return read_jsonl(options.from_jsonl, options.image_dir)
+
+
+def _reencoding_of(options: argparse.Namespace) -> Reencoding | None:
+    if options.max_side is not None:
+        quality = DEFAULT_QUALITY if options.quality is None else options.quality
+        return Reencoding(max_side=options.max_side, quality=quality)
+    if options.quality is not None:
+        raise UserError("--quality belongs to --max-side; leave it out, or say how long a side may be")
+    return None
 
 
 def _parser() -> CommandParser:
@@ -111,6 +125,18 @@ def _parser() -> CommandParser:
         help=f"bytes a shard, at most (default: {limits.num_bytes})",
     )
     parser.add_argument(
+        "--max-side",
+        type=count,
+        metavar="PIXELS",
+        help="make pictures smaller whose longer side exceeds it; the others keep every byte (default: all keep every byte)",
+    )
+    parser.add_argument(
+        "--quality",
+        type=_quality,
+        metavar="QUALITY",
+        help=f"of the JPEGs that --max-side makes, 1 to {MAX_QUALITY} (default: {DEFAULT_QUALITY})",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
@@ -125,6 +151,12 @@ def _distance_or_off(text: str) -> int | None:
     if text.isascii() and text.isdigit() and int(text) <= MAX_DISTANCE:
         return int(text)
     raise ArgumentTypeError(f"{text!r} is no distance; give 0 to {MAX_DISTANCE}, or off")
+
+
+def _quality(text: str) -> int:
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_QUALITY:
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is no quality; give 1 to {MAX_QUALITY}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from aplantida_dist.files import digest, read_json, write_json
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val", "test")
+MAX_QUALITY = 95
+"""Of a JPEG: above it the bytes grow and the picture hardly gains."""
 
 
 class ManifestError(UserError):
@@ -38,10 +40,20 @@ class Shard(BaseModel):
         return f"{self.name.removesuffix('.tar')}.idx"
 
 
+class Reencoding(BaseModel):
+    """How pictures were made smaller: those whose longer side exceeded `max_side` pixels are JPEGs of this side and quality."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    max_side: int = Field(ge=1)
+    quality: int = Field(ge=1, le=MAX_QUALITY)
+
+
 class Manifest(BaseModel):
     """What one split holds. Totals are stated beside the shards and must agree with them.
 
-    `licence` names the most restrictive licence inside; None where no sample states one, and then it is not written.
+    `licence` names the most restrictive licence inside; None where no sample states one. `reencoding` is None where every
+    picture has the bytes that its key is made of. What is None is not written.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -54,14 +66,13 @@ class Manifest(BaseModel):
     class_counts: dict[str, int]
     shards: tuple[Shard, ...] = Field(strict=False)
     licence: str | None = None
+    reencoding: Reencoding | None = None
 
     @model_serializer(mode="wrap")
-    def _without_absent_licence(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Manifests from before licences were stated keep their bytes and their digest.
+    def _without_what_is_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Manifests from before these fields keep their bytes and their digest.
         content: dict[str, Any] = serialize(self)
-        if self.licence is None:
-            del content["licence"]
-        return content
+        return {name: value for name, value in content.items() if value is not None}
 
     @property
     def digest(self) -> str:
@@ -87,7 +98,13 @@ def identity_digest(identity_sum: int) -> str:
 
 
 def make_manifest(
-    *, split: str, class_map_digest: str, shards: tuple[Shard, ...], identity_sum: int, licence: str | None = None
+    *,
+    split: str,
+    class_map_digest: str,
+    shards: tuple[Shard, ...],
+    identity_sum: int,
+    licence: str | None = None,
+    reencoding: Reencoding | None = None,
 ) -> Manifest:
     """Assemble a manifest; its totals are the sums over its shards."""
     class_counts: Counter[str] = Counter()
@@ -102,6 +119,7 @@ def make_manifest(
         class_counts=dict(sorted(class_counts.items(), key=lambda item: int(item[0]))),
         shards=shards,
         licence=licence,
+        reencoding=reencoding,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aplantida_dist.data.manifest import Manifest
+from aplantida_dist.data.manifest import Manifest, Reencoding
 from aplantida_dist.files import write_json, write_whole
 from aplantida_dist.shards.licence import parse_licence
 from aplantida_dist.shards.record import MEANING_OF_REASON, LeftOut, Reason
@@ -63,6 +63,11 @@ class Account:
         return sum(manifest.num_samples for manifest in self.manifests)
 
     @property
+    def reencoding(self) -> Reencoding | None:
+        """How pictures were made smaller, the same in every split."""
+        return self.manifests[0].reencoding
+
+    @property
     def left_out_by_reason(self) -> dict[Reason, int]:
         """Files left out for every reason, 0 included, in the order of `MEANING_OF_REASON`."""
         counts = Counter(left_out.reason for left_out in self.left_out)
@@ -100,6 +105,7 @@ def to_json(account: Account) -> dict[str, Any]:
         "metadata": None if account.metadata is None else asdict(account.metadata),
         "kept_splits": None if account.kept_splits is None else asdict(account.kept_splits),
         "groups": None if account.groups is None else asdict(account.groups),
+        "reencoding": None if account.reencoding is None else account.reencoding.model_dump(),
     }
 
 
@@ -183,6 +189,11 @@ def _remarks(account: Account) -> list[str]:
             remarks.append(
                 f"{len(groups.disagreeing):,} of these groups stand under several classes, listed in report.json, first {', '.join(groups.disagreeing[0][:10])}"
             )
+    if account.reencoding is not None:
+        small = account.reencoding
+        remarks.append(
+            f"pictures longer than {small.max_side:,} pixels became JPEGs of that side and quality {small.quality}, under the keys of their originals"
+        )
     use = account.metadata
     if use is not None and use.unmatched:
         number, image_path = use.unmatched[0]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import multiprocessing
-import os
 import re
-import signal
-import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +20,7 @@ from aplantida_dist.data.images import MAX_PIXELS, DecodeError, decode
 from aplantida_dist.errors import UserError
 from aplantida_dist.shards.looks import look_of
 from aplantida_dist.shards.place import Place
+from aplantida_dist.shards.pool import follow_the_main_process
 from aplantida_dist.shards.record import LeftOut, Reason, Record
 
 KEY_DIGITS = 24
@@ -81,7 +79,7 @@ def audit_places(places: Sequence[Place], *, num_workers: int, with_looks: bool)
         return
     # spawn: a fork would copy whatever threads and locks the caller holds.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_follow_the_main_process)
+    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=follow_the_main_process)
     try:
         yield from pool.map(audit, places, chunksize=FILES_PER_TASK)
     except BrokenProcessPool:
@@ -90,19 +88,6 @@ def audit_places(places: Sequence[Place], *, num_workers: int, with_looks: bool)
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _follow_the_main_process() -> None:
-    """Make a worker leave Ctrl-C to the main process, and end when the main process is killed, which the pool does not see to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    main_process = multiprocessing.parent_process()
-    assert main_process is not None
-
-    def end_with_it() -> None:
-        main_process.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_it, daemon=True).start()
 
 
 def audit_place(place: Place, *, with_looks: bool = False) -> Picture | Fault:

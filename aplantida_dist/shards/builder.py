@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap
-from aplantida_dist.data.manifest import SPLITS, Manifest
+from aplantida_dist.data.manifest import SPLITS, Manifest, Reencoding
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse, save_account
-from aplantida_dist.shards.audit import Candidate, Fault, audit_places, drop_copies, sample_key_of
+from aplantida_dist.shards.audit import Candidate, Fault, audit_places, drop_copies
 from aplantida_dist.shards.claim import claimed
 from aplantida_dist.shards.earlier import read_splits
 from aplantida_dist.shards.groups import Group, find_groups, leave_out_leaks, split_by_group
-from aplantida_dist.shards.licence import ANY_LICENCE, UNKNOWN, Requirement, strictest
+from aplantida_dist.shards.licence import ANY_LICENCE, UNKNOWN, Requirement, licence_inside
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_free_place, require_room
 from aplantida_dist.shards.record import LeftOut, Record
+from aplantida_dist.shards.second_reading import Audited, read_again
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.writer import Sample, ShardLimits, num_bytes_of_sample, write_split
 
@@ -35,7 +36,8 @@ class BuildOptions:
     """How to build. `num_workers` processes decode (0: this one); the dataset's bytes do not depend on them.
 
     `keep_splits_of` is an earlier dataset whose photographs keep their split. Pictures whose looks differ in at most
-    `near_distance` bits form a group, which stays in one split; None looks for no groups.
+    `near_distance` bits form a group, which stays in one split; None looks for no groups. `reencoding` makes pictures smaller
+    as they are written, under the keys of their originals; None keeps every byte.
     """
 
     seed: int
@@ -45,6 +47,7 @@ class BuildOptions:
     licence: Requirement = ANY_LICENCE
     keep_splits_of: Path | None = None
     near_distance: int | None = None
+    reencoding: Reencoding | None = None
 
 
 def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -> Account:
@@ -72,7 +75,8 @@ def _build(source: Source, dataset_dir: Path, *, options: BuildOptions) -> Accou
     left_out = tuple(sorted((*source.outside, *unlicensed, *unusable, *leaks), key=_natural_order))
     of_split = _assign_splits(candidates, given=source.splits, groups=groups, kept=kept, seed=options.seed)
     class_map = _class_map_of(of_split, source, left_out=left_out)
-    require_room(dataset_dir, num_bytes=_num_bytes_of(candidates))
+    if options.reencoding is None:
+        require_room(dataset_dir, num_bytes=_num_bytes_of(candidates))
     with placed(dataset_dir, replace=options.replace) as partial_dir:
         class_map.save(partial_dir / CLASSES_FILE)
         account = Account(
@@ -241,29 +245,24 @@ def _write(
     of_split: dict[str, list[Candidate]], dataset_dir: Path, *, class_map: ClassMap, options: BuildOptions
 ) -> Iterator[Manifest]:
     for split, members in of_split.items():
-        samples = read_samples(members, class_map)
-        stated = [member.record.licence for member in members]
+        samples = read_samples(members, class_map, reencoding=options.reencoding, num_workers=options.num_workers)
         yield write_split(
             with_pace(samples, total=len(members), doing=f"writing {split}"),
             dataset_dir / split,
             split=split,
             class_map_digest=class_map.digest,
             limits=options.limits,
-            licence=strictest(licence or UNKNOWN for licence in stated).name if any(stated) else None,
+            licence=licence_inside(member.record.licence for member in members),
+            reencoding=options.reencoding,
         )
 
 
-def read_samples(members: Sequence[Candidate], class_map: ClassMap) -> Iterator[Sample]:
-    """Read the pictures again, one at a time. BuildError where a file is no longer what was audited."""
-    for member in members:
-        place, picture = member.record.place, member.picture
-        try:
-            image = place.read()
-        except OSError as error:
-            raise BuildError(
-                f"{place}: cannot be read any more: {error.strerror}; leave the pictures alone and build again"
-            ) from error
-        if sample_key_of(image) != picture.sample_key:
-            raise BuildError(f"{place}: changed while the dataset was built; leave the pictures alone and build again")
+def read_samples(
+    members: Sequence[Candidate], class_map: ClassMap, *, reencoding: Reencoding | None = None, num_workers: int = 0
+) -> Iterator[Sample]:
+    """Read the pictures again, a few at a time. ChangedError where a file is no longer what was audited."""
+    audited = (Audited(member.record.place, member.picture.sample_key, member.picture.suffix) for member in members)
+    images = read_again(audited, reencoding=reencoding, num_workers=num_workers)
+    for member, encoded in zip(members, images, strict=True):
         label = class_map.index_of[member.record.class_name]
-        yield Sample(picture.sample_key, picture.suffix, image, label, member.record.metadata)
+        yield Sample(member.picture.sample_key, encoded.suffix, encoded.image, label, member.record.metadata)

@@ -110,6 +110,12 @@ def strictest(licences: Iterable[Licence]) -> Licence:
     return _commons(frozenset(terms), None)
 
 
+def licence_inside(stated: Iterable[Licence | None]) -> str | None:
+    """What a manifest states of the licences of its samples: the name of the strictest; None where no sample states one."""
+    licences = set(stated)
+    return strictest(licence or UNKNOWN for licence in licences).name if any(licences) else None
+
+
 @dataclass(frozen=True)
 class Requirement:
     """Which licences a build accepts: those in `listed`, all that allow commercial use, or any and none."""

@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from aplantida_dist.data.index import INDEX_DTYPE
-from aplantida_dist.data.manifest import Manifest, Shard, identity_of, make_manifest, save_manifest
+from aplantida_dist.data.manifest import Manifest, Reencoding, Shard, identity_of, make_manifest, save_manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import reason_of
 from aplantida_dist.shards.behind import Behind
@@ -68,6 +68,7 @@ def write_split(
     class_map_digest: str,
     limits: ShardLimits,
     licence: str | None = None,
+    reencoding: Reencoding | None = None,
 ) -> Manifest:
     """Write the samples of a split, in the order in which they come, into a new folder; returns its manifest.
 
@@ -98,6 +99,7 @@ def write_split(
         shards=written,
         identity_sum=identity_sum,
         licence=licence,
+        reencoding=reencoding,
     )
     save_manifest(manifest, split_dir)
     return manifest
