@@ -47,11 +47,15 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def reason_of(error: OSError, path: Path, *, num_bytes: int) -> str:
-    """Why `num_bytes` could not be written at a path; on a full disk also how many those are, and how many are free."""
+    """Why `num_bytes` could not be written at a path; on a full disk also how many those are, and how many are free.
+
+    0 stands for a name alone: a disk can be full of names while bytes are free.
+    """
     reason = error.strerror or type(error).__name__
     if error.errno != errno.ENOSPC:
         return reason
-    return f"{reason} ({num_bytes:,} bytes more are needed, {shutil.disk_usage(path.parent).free:,} are free)"
+    needed = f"{num_bytes:,} bytes more" if num_bytes else "one more name"
+    return f"{reason} ({needed} needed, {shutil.disk_usage(path.parent).free:,} bytes free)"
 
 
 def write_json(path: Path, content: Any) -> None:

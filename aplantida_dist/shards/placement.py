@@ -43,7 +43,7 @@ def require_room(dataset_dir: Path, *, num_bytes: int) -> None:
     # A file system that does not know its size says 0.
     if disk.total and disk.free < num_bytes:
         raise PlacementError(
-            f"{dataset_dir}: {num_bytes:,} bytes are needed, {disk.free:,} are free; make room or choose another --out"
+            f"{dataset_dir}: {num_bytes:,} bytes needed, {disk.free:,} bytes free; make room or choose another --out"
         )
 
 

@@ -170,13 +170,13 @@ class _OpenShard:
         content = b"".join(block)
         with _told(self.path, num_bytes=len(content)):
             self.file.write(content)
+            self.file.flush()
         self.sha256.update(content)
 
     def _seal(self, written: Future[None]) -> Shard:
         """Once the last block is written: sync the tar, write the index beside it, and describe both."""
         written.result()
-        with _told(self.path, num_bytes=0), self.file:
-            self.file.flush()
+        with _told(self.path, num_bytes=self.num_bytes), self.file:
             os.fsync(self.file.fileno())
         index = np.array(self.entries, dtype=INDEX_DTYPE).tobytes()
         counts: Counter[int] = Counter(label for _, _, _, label in self.entries)
