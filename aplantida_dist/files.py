@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,21 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: could not be written: {error.strerror}; make room or choose another folder"
+            f"{path}: could not be written: {reason_of(error, path, num_bytes=len(content))}; make room or choose another folder"
         ) from error
     sync_folder(path.parent)
+
+
+def reason_of(error: OSError, path: Path, *, num_bytes: int) -> str:
+    """Why `num_bytes` could not be written at a path; on a full disk also how many those are, and how many are free.
+
+    0 stands for a name alone: a disk can be full of names while bytes are free.
+    """
+    reason = error.strerror or type(error).__name__
+    if error.errno != errno.ENOSPC:
+        return reason
+    needed = f"{num_bytes:,} bytes more" if num_bytes else "one more name"
+    return f"{reason} ({needed} needed, {shutil.disk_usage(path.parent).free:,} bytes free)"
 
 
 def write_json(path: Path, content: Any) -> None:

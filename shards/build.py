@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aplantida_dist.command import CommandParser, count, run_command
+from aplantida_dist.data.manifest import MAX_QUALITY, Reencoding
 from aplantida_dist.errors import UserError
 from aplantida_dist.shards.account import Account
 from aplantida_dist.shards.audit import MIN_SIDE
@@ -22,6 +23,7 @@ from aplantida_dist.shards.joined import joined
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.licence import parse_requirement
 from aplantida_dist.shards.placement import require_free_place
+from aplantida_dist.shards.reencode import DEFAULT_QUALITY
 from aplantida_dist.shards.report_text import to_text
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.subset import SubsetOptions, build_subset
@@ -35,6 +37,7 @@ example:
   python shards/build.py --from-jsonl records.jsonl --image-dir pictures --require-license commercial --out shards/mine
   python shards/build.py --from-tars 'theirs/train-{000..127}.tar' --class-names names.txt --from-folder my_pictures --out shards/both
   python shards/build.py --from-dataset shards/global --where region=EU_SW --out shards/eu_sw
+  python shards/build.py --from-folder my_pictures --max-side 512 --quality 90 --out shards/small
 
 my_pictures holds one folder a class, or train/, val/ (or validation/) and test/ with one folder a class in each.
 A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept with each sample as KEY.json.
@@ -91,6 +94,7 @@ def _build(options: argparse.Namespace) -> Account:
             "--where and --classes belong to --from-dataset; leave them out, or give a dataset to select from"
         )
     requirement = parse_requirement(options.require_license)
+    reencoding = _reencoding_of(options)
     # Before the source is read: a million records take half a minute.
     require_free_place(options.out, replace=options.replace)
     return build_dataset(
@@ -106,6 +110,7 @@ def _build(options: argparse.Namespace) -> Account:
             near_distance=options.near_duplicates,
             min_side=options.min_side,
             min_samples=options.min_samples,
+            reencoding=reencoding,
         ),
     )
 
@@ -163,6 +168,15 @@ def _one_each(given: Sequence[Path], count: int, option: str, *, of: str) -> Seq
     if len(given) not in (0, 1, count):
         raise UserError(f"{len(given)} {option} for {count} {of}; give one for all, or one for each in their order")
     return [*given] * count if len(given) == 1 else given
+
+
+def _reencoding_of(options: argparse.Namespace) -> Reencoding | None:
+    if options.max_side is not None:
+        quality = DEFAULT_QUALITY if options.quality is None else options.quality
+        return Reencoding(max_side=options.max_side, quality=quality)
+    if options.quality is not None:
+        raise UserError("--quality belongs to --max-side; leave it out, or say how long a side may be")
+    return None
 
 
 def _parser() -> CommandParser:
@@ -236,6 +250,18 @@ def _parser() -> CommandParser:
         help=f"bytes a shard, at most (default: {limits.num_bytes})",
     )
     parser.add_argument(
+        "--max-side",
+        type=count,
+        metavar="PIXELS",
+        help="make pictures smaller whose longer side exceeds it; the others keep every byte (default: all keep every byte)",
+    )
+    parser.add_argument(
+        "--quality",
+        type=_quality,
+        metavar="QUALITY",
+        help=f"of the JPEGs that --max-side makes, 1 to {MAX_QUALITY} (default: {DEFAULT_QUALITY})",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
@@ -279,6 +305,12 @@ def _distance_or_off(text: str) -> int | None:
     if text.isascii() and text.isdigit() and int(text) <= MAX_DISTANCE:
         return int(text)
     raise ArgumentTypeError(f"{text!r} is no distance; give 0 to {MAX_DISTANCE}, or off")
+
+
+def _quality(text: str) -> int:
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_QUALITY:
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is no quality; give 1 to {MAX_QUALITY}")
 
 
 if __name__ == "__main__":

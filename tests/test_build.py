@@ -31,6 +31,7 @@ from aplantida_dist.shards.folder import FolderError, read_folder
 from aplantida_dist.shards.lines import LineError
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import PlacementError
+from aplantida_dist.shards.second_reading import ChangedError
 from aplantida_dist.shards.writer import Sample, ShardLimits, WriterError, write_split
 
 ROOT = Path(__file__).parents[1]
@@ -416,10 +417,10 @@ def test_a_picture_that_changes_underneath_is_an_error(tmp_path: Path) -> None:
     members = [Candidate(record, picture)]
     assert [sample.image for sample in read_samples(members, ClassMap(("oak",)))] == [draw(0)]
     path.write_bytes(draw(1))
-    with pytest.raises(BuildError, match="changed while"):
+    with pytest.raises(ChangedError, match="changed while"):
         list(read_samples(members, ClassMap(("oak",))))
     path.unlink()
-    with pytest.raises(BuildError, match="cannot be read any more"):
+    with pytest.raises(ChangedError, match="cannot be read any more"):
         list(read_samples(members, ClassMap(("oak",))))
 
 

@@ -284,6 +284,66 @@ def put_content(number: int, content: bytes) -> Callable[[Files], object]:
     return edit
 
 
+@pytest.mark.parametrize("region", ["header", "payload", "index"])
+def test_a_flipped_bit_is_named_for_what_it_hit(dataset: Path, region: str) -> None:
+    """Where digests agree with the damage, the structure still tells: a header that is none, a picture or a row that differs."""
+    with tarfile.open(dataset / SHARD_0) as tar:
+        second = tar.getmembers()[3]
+    place, position, says = {
+        "header": (SHARD_0, second.offset + 150, f"holds no tar header at byte {second.offset};"),
+        "payload": (SHARD_0, second.offset_data + 40, "the crc32 of the image is not the index's (1 samples"),
+        "index": (INDEX_0, 21, "the image does not lie where the index says (1 samples"),
+    }[region]
+    change(dataset / place, flip(position))
+    assert any(damage.startswith(f"{place}: its sha256") for damage in damages_of(dataset))
+    reseal(dataset, "shard-000000.tar")
+    damages = damages_of(dataset)
+    assert any(damage.startswith(f"{SHARD_0}: {says}") for damage in damages), damages
+
+
+def state_licences(*texts: str | None) -> Callable[[Files], object]:
+    """An edit that gives the samples of a shard these licences in turn."""
+
+    def edit(files: Files) -> None:
+        for number, position in enumerate(range(2, len(files), 3)):
+            text = texts[number % len(texts)]
+            content = {} if text is None else {"license": text}
+            files[position] = (files[position][0], json.dumps(content).encode())
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("texts", "stated", "expected"),
+    [
+        (("cc-by", "cc-by-nc"), "CC-BY", "CC-BY-NC"),
+        (("cc-by-nc-sa", "cc-by-nd"), "CC-BY", "CC-BY-NC-ND"),
+        (("cc-by", None), "CC-BY", "unknown"),
+        (("whatever",), "CC-BY", "unknown"),
+        (("cc0",), None, "CC0"),
+        ((None,), "CC0", "none"),
+    ],
+)
+def test_a_licence_that_is_not_the_strictest_inside_is_found(
+    dataset: Path, texts: tuple[str | None, ...], stated: str | None, expected: str
+) -> None:
+    """A manifest that promises more than its samples allow, or states what none of them does, is named with both licences."""
+
+    def edit(manifest: Any) -> None:
+        manifest.pop("licence", None)
+        manifest.update({} if stated is None else {"licence": stated})
+
+    for path in sorted((dataset / "train").glob("*.tar")):
+        rewrite(dataset, state_licences(*texts), name=path.stem)
+    edit_json(dataset / "train/manifest.json", edit)
+    (damage,) = damages_of(dataset)
+    assert damage == (
+        f"train/manifest.json: states the licence {stated or 'none'}, the most restrictive of its samples is {expected}"
+    )
+    edit_json(dataset / "train/manifest.json", lambda m: m.update(licence=None if expected == "none" else expected))
+    assert damages_of(dataset) == []
+
+
 SAMPLE_FAULTS: dict[str, tuple[Callable[[Files], object], str]] = {
     "extra member": (lambda f: f.insert(3, (f[0][0].replace("jpg", "txt"), b"x")), "an extra member .txt (1 samples"),
     "two images": (lambda f: f.insert(3, (f[0][0].replace("jpg", "png"), b"x")), "2 image members, expected one"),

@@ -17,6 +17,8 @@ from aplantida_dist.files import digest, read_json, write_json
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val", "test")
+MAX_QUALITY = 95
+"""Of a JPEG: above it the bytes grow and the picture hardly gains."""
 
 
 class ManifestError(UserError):
@@ -68,11 +70,21 @@ class Shard(BaseModel):
         return content
 
 
+class Reencoding(BaseModel):
+    """How pictures were made smaller: those whose longer side exceeded `max_side` pixels are JPEGs of this side and quality."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    max_side: int = Field(ge=1)
+    quality: int = Field(ge=1, le=MAX_QUALITY)
+
+
 class Manifest(BaseModel):
     """What one split holds. Totals are stated beside the shards and must agree with them.
 
     `licence` names the most restrictive licence inside; None where no sample states one. `parent` is the digest of the manifest
-    that a subset was taken from; None where it was built from pictures. What is None is not written.
+    that a subset was taken from; None where it was built from pictures. `reencoding` is None where every picture has the bytes
+    that its key is made of. What is None is not written.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -86,6 +98,7 @@ class Manifest(BaseModel):
     shards: tuple[Shard, ...] = Field(strict=False)
     licence: str | None = None
     parent: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    reencoding: Reencoding | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -124,6 +137,7 @@ def make_manifest(
     identity_sum: int,
     licence: str | None = None,
     parent: str | None = None,
+    reencoding: Reencoding | None = None,
 ) -> Manifest:
     """Assemble a manifest; its totals are the sums over its shards."""
     class_counts: Counter[str] = Counter()
@@ -139,6 +153,7 @@ def make_manifest(
         shards=shards,
         licence=licence,
         parent=parent,
+        reencoding=reencoding,
     )
 
 

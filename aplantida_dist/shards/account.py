@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from aplantida_dist.data.manifest import Manifest
+from aplantida_dist.data.manifest import Manifest, Reencoding
 from aplantida_dist.shards.census import FrequencyCount, count_frequencies
 from aplantida_dist.shards.licence import parse_licence
 from aplantida_dist.shards.record import MEANING_OF_REASON, LeftOut, Reason, Record
@@ -73,6 +73,11 @@ class Account:
         return sum(self.left_out_by_reason.values())
 
     @property
+    def reencoding(self) -> Reencoding | None:
+        """How pictures were made smaller, the same in every split."""
+        return self.manifests[0].reencoding
+
+    @property
     def left_out_by_reason(self) -> dict[Reason, int]:
         """Files left out for every reason, 0 included, in the order of `MEANING_OF_REASON`."""
         counts = Counter(left_out.reason for left_out in self.left_out)
@@ -121,6 +126,7 @@ def to_json(account: Account) -> dict[str, Any]:
         "kept_splits": None if account.kept_splits is None else asdict(account.kept_splits),
         "selection": None if account.selection is None else asdict(account.selection),
         "groups": None if account.groups is None else _groups_row(account.groups),
+        "reencoding": None if account.reencoding is None else account.reencoding.model_dump(),
     }
 
 
@@ -185,6 +191,11 @@ def remarks_of(account: Account) -> list[str]:
     if num_foreign := sum(shard.is_foreign for manifest in account.manifests for shard in manifest.shards):
         remarks.append(
             f"{num_foreign:,} shards are indexes onto tars that others wrote; the tars stay where the manifests say, and are no part of this folder"
+        )
+    if account.reencoding is not None:
+        small = account.reencoding
+        remarks.append(
+            f"pictures longer than {small.max_side:,} pixels became JPEGs of that side and quality {small.quality}, under the keys of their originals"
         )
     use = account.metadata
     if use is not None and use.unmatched:

@@ -9,24 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap
-from aplantida_dist.data.manifest import SPLITS, Manifest
+from aplantida_dist.data.manifest import SPLITS, Manifest, Reencoding
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse
-from aplantida_dist.shards.audit import MIN_SIDE, Candidate, Fault, audit_places, keys_of_places, sample_key_of
+from aplantida_dist.shards.audit import MIN_SIDE, Candidate, Fault, audit_places, keys_of_places
+from aplantida_dist.shards.claim import claimed
 from aplantida_dist.shards.copies import drop_copies, leave_out_refused, part_by_licence, stated_licence
 from aplantida_dist.shards.earlier import read_splits
 from aplantida_dist.shards.groups import Group, find_groups, leave_out_leaks, split_by_group
 from aplantida_dist.shards.licence import ANY_LICENCE, Requirement, count_licences, licence_inside
 from aplantida_dist.shards.pace import with_pace
-from aplantida_dist.shards.placement import placed, require_apart, require_free_place
+from aplantida_dist.shards.placement import placed, require_apart, require_free_place, require_room
 from aplantida_dist.shards.record import LeftOut, Record
 from aplantida_dist.shards.report import save_report
 from aplantida_dist.shards.scarcity import leave_out_few
+from aplantida_dist.shards.second_reading import Audited, read_again
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.tar_index import require_unchanged
 from aplantida_dist.shards.views import separate_views
-from aplantida_dist.shards.writer import Sample, ShardLimits, write_split
+from aplantida_dist.shards.writer import Sample, ShardLimits, num_bytes_of_sample, write_split
 
 
 class BuildError(UserError):
@@ -39,7 +41,8 @@ class BuildOptions:
 
     `keep_splits_of` is an earlier dataset whose photographs keep their split. Pictures whose looks differ in at most
     `near_distance` bits form a group, which stays in one split; None looks for no groups. A picture has `min_side` pixels
-    on its shorter side at least. Classes with fewer than `min_samples` usable photographs are left out whole.
+    on its shorter side at least. Classes with fewer than `min_samples` usable photographs are left out whole. `reencoding` makes
+    pictures smaller as they are written, under the keys of their originals; None keeps every byte.
     """
 
     seed: int
@@ -51,6 +54,7 @@ class BuildOptions:
     near_distance: int | None = None
     min_side: int = MIN_SIDE
     min_samples: int = 1
+    reencoding: Reencoding | None = None
 
 
 def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -> Account:
@@ -63,8 +67,18 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
     for path in source.picture_paths:
         require_apart(path, dataset_dir)
     require_free_place(dataset_dir, replace=options.replace)
+    with claimed(dataset_dir):
+        return _build(source, dataset_dir, options=options)
+
+
+def _build(source: Source, dataset_dir: Path, *, options: BuildOptions) -> Account:
+    require_free_place(dataset_dir, replace=options.replace)
     if not source.records:
         raise BuildError(_told_of_nothing(source))
+    if source.tars and options.reencoding is not None:
+        raise BuildError(
+            "--max-side: pictures in tars that others wrote stay as they are; leave it out, or unpack the tars"
+        )
     kept = _read_kept_splits(source, options=options)
     candidates, unusable = _audit(source.records, options=options)
     groups = () if options.near_distance is None else find_groups(candidates, distance=options.near_distance)
@@ -73,6 +87,10 @@ def build_dataset(source: Source, dataset_dir: Path, *, options: BuildOptions) -
     left_out = tuple(sorted((*source.outside, *unusable, *leaks, *few), key=_natural_order))
     of_split = _assign_splits(candidates, given=source.splits, groups=groups, kept=kept, seed=options.seed)
     class_map = _class_map_of(of_split, source, left_out=left_out)
+    if options.reencoding is None:
+        foreign_paths = {tar.path for tar in source.tars}
+        written = [candidate for candidate in candidates if candidate.record.place.path not in foreign_paths]
+        require_room(dataset_dir, num_bytes=_num_bytes_of(written))
     with placed(dataset_dir, replace=options.replace) as partial_dir:
         class_map.save(partial_dir / CLASSES_FILE)
         account = Account(
@@ -175,6 +193,16 @@ def _by_key(records: Sequence[Record], *, options: BuildOptions) -> dict[str, Re
     return {key: record for record, key in reversed([*zip(records, paced, strict=True)]) if key is not None}
 
 
+def _num_bytes_of(candidates: Sequence[Candidate]) -> int:
+    """What the samples will take in tars."""
+    return sum(
+        num_bytes_of_sample(
+            num_image_bytes=candidate.picture.num_bytes, num_metadata_bytes=len(candidate.record.metadata)
+        )
+        for candidate in candidates
+    )
+
+
 def _assign_splits(
     candidates: Sequence[Candidate],
     *,
@@ -231,7 +259,7 @@ def _write(
 ) -> Iterator[Manifest]:
     for split, members in of_split.items():
         written, views = separate_views(members, source.tars, index_of=class_map.index_of)
-        samples = read_samples(written, class_map)
+        samples = read_samples(written, class_map, reencoding=options.reencoding, num_workers=options.num_workers)
         yield write_split(
             with_pace(samples, total=len(written), doing=f"writing {split}"),
             dataset_dir / split,
@@ -240,20 +268,16 @@ def _write(
             limits=options.limits,
             views=views,
             licence=licence_inside(member.record.licence for member in members),
+            reencoding=options.reencoding,
         )
 
 
-def read_samples(members: Sequence[Candidate], class_map: ClassMap) -> Iterator[Sample]:
-    """Read the pictures again, one at a time. BuildError where a file is no longer what was audited."""
-    for member in members:
-        place, picture = member.record.place, member.picture
-        try:
-            image = place.read()
-        except OSError as error:
-            raise BuildError(
-                f"{place}: cannot be read any more: {error.strerror}; leave the pictures alone and build again"
-            ) from error
-        if sample_key_of(image) != picture.sample_key:
-            raise BuildError(f"{place}: changed while the dataset was built; leave the pictures alone and build again")
+def read_samples(
+    members: Sequence[Candidate], class_map: ClassMap, *, reencoding: Reencoding | None = None, num_workers: int = 0
+) -> Iterator[Sample]:
+    """Read the pictures again, a few at a time. ChangedError where a file is no longer what was audited."""
+    audited = (Audited(member.record.place, member.picture.sample_key, member.picture.suffix) for member in members)
+    images = read_again(audited, reencoding=reencoding, num_workers=num_workers)
+    for member, encoded in zip(members, images, strict=True):
         label = class_map.index_of[member.record.class_name]
-        yield Sample(picture.sample_key, picture.suffix, image, label, member.record.metadata)
+        yield Sample(member.picture.sample_key, encoded.suffix, encoded.image, label, member.record.metadata)

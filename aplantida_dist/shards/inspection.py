@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aplantida_dist.data.decode import DecodeError
 from aplantida_dist.data.index import IMAGE_SUFFIXES, index_dtype, split_member_name
 from aplantida_dist.data.manifest import Shard
 from aplantida_dist.files import sha256_of_file
+from aplantida_dist.shards.licence import Licence, licence_of
 from aplantida_dist.shards.members import read_tar_members
+from aplantida_dist.shards.reencode import longer_side_of
 
 
 @dataclass(frozen=True, order=True)
@@ -36,47 +39,62 @@ class Damage:
 
 @dataclass(frozen=True)
 class ShardFinding:
-    """What reading one shard gave: its keys in the tar's order, whether the tar is whole, what is wrong with it."""
+    """What reading one shard gave: its keys in the tar's order, whether the tar is whole, what is wrong with it.
+
+    `licences` are those that its samples state, None among them where one states none.
+    """
 
     place: str
     sample_keys: tuple[str, ...]
+    licences: frozenset[Licence | None]
     is_whole: bool
     damages: tuple[Damage, ...]
 
 
 @dataclass(frozen=True)
 class _FoundSample:
-    """One sample as it lies in the tar. `label` is -1 where KEY.cls does not say one; `faults` are about its files."""
+    """One sample as it lies in the tar. `label` is -1 where KEY.cls does not say one, `longer_side` 0 where it was not asked for.
+
+    `licence` is what KEY.json states; `faults` are about its files.
+    """
 
     sample_key: str
     offset: int
     length: int
     crc32: int
     label: int
+    longer_side: int
+    licence: Licence | None
     faults: tuple[str, ...]
 
 
 def inspect_shard(
-    split_dir: Path, shard: Shard, *, name_of_sha256: dict[str, str], num_classes: int | None
+    split_dir: Path, shard: Shard, *, name_of_sha256: dict[str, str], num_classes: int | None, max_side: int | None
 ) -> ShardFinding:
     """Read a shard and its index to their ends. `name_of_sha256` has every shard of the split, so that swapped ones are named.
 
-    Without `num_classes` (the class map is itself damaged) labels are compared with the index only.
+    Without `num_classes` (the class map is itself damaged) labels are compared with the index only. `max_side` is that of a
+    dataset that was re-encoded: no picture may be longer.
     """
     path, place = split_dir / shard.name, f"{split_dir.name}/{shard.name}"
     index, index_damages = check_index(split_dir, shard)
     if not path.is_file():
-        return ShardFinding(place, (), False, (Damage(place, "missing"), *index_damages))
+        return ShardFinding(place, (), frozenset(), False, (Damage(place, "missing"), *index_damages))
     faults = faults_of_bytes(path, shard, name_of_sha256)
     tar = read_tar_members(path)
-    samples = list(_read_samples(path, tar.members))
+    samples = list(_read_samples(path, tar.members, with_sides=max_side is not None))
     faults += [tar.fault] if tar.fault else _faults_of_counts(samples, shard)
     if index is not None and len(index) != len(samples):
         faults.append(f"{len(samples)} samples can be read, the index lists {len(index)}")
         index = None
-    faults += _faults_of_samples(samples, index, num_classes)
-    keys = tuple(sample.sample_key for sample in samples)
-    return ShardFinding(place, keys, tar.fault is None, (*(Damage(place, fault) for fault in faults), *index_damages))
+    faults += _faults_of_samples(samples, index, num_classes=num_classes, max_side=max_side)
+    return ShardFinding(
+        place=place,
+        sample_keys=tuple(sample.sample_key for sample in samples),
+        licences=frozenset(sample.licence for sample in samples),
+        is_whole=tar.fault is None,
+        damages=(*(Damage(place, fault) for fault in faults), *index_damages),
+    )
 
 
 def check_index(split_dir: Path, shard: Shard) -> tuple[NDArray[Any] | None, list[Damage]]:
@@ -115,17 +133,17 @@ def _faults_of_counts(samples: list[_FoundSample], shard: Shard) -> list[str]:
     return faults
 
 
-def _read_samples(path: Path, members: Iterable[TarInfo]) -> Iterator[_FoundSample]:
+def _read_samples(path: Path, members: Iterable[TarInfo], *, with_sides: bool) -> Iterator[_FoundSample]:
     """The samples of a tar: neighbours that share a key, as WebDataset groups them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for sample_key, files in groupby(members, key=lambda member: split_member_name(member.name)[0]):
-            yield _read_sample(descriptor, sample_key, list(files))
+            yield _read_sample(descriptor, sample_key, list(files), with_side=with_sides)
     finally:
         os.close(descriptor)
 
 
-def _read_sample(descriptor: int, sample_key: str, files: list[TarInfo]) -> _FoundSample:
+def _read_sample(descriptor: int, sample_key: str, files: list[TarInfo], *, with_side: bool) -> _FoundSample:
     suffixes = [split_member_name(file.name)[1] for file in files]
     images = [file for file, suffix in zip(files, suffixes, strict=True) if suffix in IMAGE_SUFFIXES]
     contents = {
@@ -142,27 +160,48 @@ def _read_sample(descriptor: int, sample_key: str, files: list[TarInfo]) -> _Fou
     label = int(label_text) if label_text.isdigit() else -1
     if label < 0:
         faults.append("no class index in KEY.cls")
-    if not is_json_object(contents.get("json", b"")):
+    metadata = json_object(contents.get("json", b""))
+    if metadata is None:
         faults.append("no JSON object in KEY.json")
     offset, length = (images[0].offset_data, images[0].size) if images else (0, 0)
-    crc32 = zlib.crc32(os.pread(descriptor, length, offset))
-    return _FoundSample(sample_key, offset, length, crc32, label, tuple(faults))
+    image = os.pread(descriptor, length, offset)
+    longer_side = 0
+    if with_side:
+        try:
+            longer_side = longer_side_of(image)
+        except DecodeError:
+            faults.append("no picture")
+    return _FoundSample(
+        sample_key=sample_key,
+        offset=offset,
+        length=length,
+        crc32=zlib.crc32(image),
+        label=label,
+        longer_side=longer_side,
+        licence=licence_of(metadata or {}),
+        faults=tuple(faults),
+    )
 
 
-def is_json_object(content: bytes) -> bool:
-    """Whether bytes are the JSON of an object."""
+def json_object(content: bytes) -> dict[str, Any] | None:
+    """The object that bytes hold as JSON; None where they hold none."""
     try:
-        return isinstance(json.loads(content), dict)
+        found = json.loads(content)
     except ValueError:
-        return False
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def _faults_of_samples(samples: list[_FoundSample], index: NDArray[Any] | None, num_classes: int | None) -> list[str]:
+def _faults_of_samples(
+    samples: list[_FoundSample], index: NDArray[Any] | None, *, num_classes: int | None, max_side: int | None
+) -> list[str]:
     faults_of_key = []
     for number, sample in enumerate(samples):
         faults = list(sample.faults)
         if num_classes is not None and sample.label >= num_classes:
             faults.append(f"a label is none of the {num_classes} classes")
+        if max_side is not None and sample.longer_side > max_side:
+            faults.append(f"a side is longer than the {max_side} pixels of the re-encoding")
         if index is not None:
             faults += _differences(sample, index[number])
         faults_of_key.append((sample.sample_key, faults))

@@ -27,6 +27,6 @@ class Place:
 
     def read(self) -> bytes:
         """The bytes; fewer than `num_bytes` where the file ends before. Raises OSError."""
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
             return file.read(self.num_bytes)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from aplantida_dist.data.manifest import SPLITS
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import sync_folder
 from aplantida_dist.shards.account import REPORT_FILES
+from aplantida_dist.shards.claim import discard, partial_dir_of, replaced_dir_of
 
 DATASET_ENTRIES = frozenset({CLASSES_FILE, *REPORT_FILES, *SPLITS})
 """Everything that a dataset's folder may hold."""
@@ -47,58 +46,57 @@ def require_apart(source_dir: Path, dataset_dir: Path) -> None:
         )
 
 
+def require_room(dataset_dir: Path, *, num_bytes: int) -> None:
+    """Raise PlacementError where the disk has less room than a dataset will need, before hours are spent on writing it."""
+    disk = shutil.disk_usage(dataset_dir.parent)
+    # A file system that does not know its size says 0.
+    if disk.total and disk.free < num_bytes:
+        raise PlacementError(
+            f"{dataset_dir}: {num_bytes:,} bytes needed, {disk.free:,} bytes free; make room or choose another --out"
+        )
+
+
 @contextmanager
 def placed(dataset_dir: Path, *, replace: bool) -> Iterator[Path]:
     """Yield an empty folder beside `dataset_dir`; when the block ends it takes that name, when the block raises it goes.
 
-    A process that is killed leaves the folder beside behind, and never a dataset that is half there.
+    The name must be claimed. A process that is killed leaves the folder beside behind, and never a dataset that is half there.
     """
     require_free_place(dataset_dir, replace=replace)
-    partial_dir = dataset_dir.with_name(f".{dataset_dir.name}.partial-{os.getpid()}")
+    partial_dir = partial_dir_of(dataset_dir)
     try:
-        dataset_dir.parent.mkdir(parents=True, exist_ok=True)
-        _tell_of_unfinished_builds(dataset_dir)
-        partial_dir.mkdir()
-    except OSError as error:
-        raise PlacementError(
-            f"{dataset_dir}: no folder can be made beside it: {error.strerror}; choose another --out"
-        ) from error
-    try:
+        with _told(dataset_dir, "could not be made beside it"):
+            partial_dir.mkdir()
         yield partial_dir
-        for folder in (*(path for path in partial_dir.iterdir() if path.is_dir()), partial_dir):
-            sync_folder(folder)
-        _swap_in(partial_dir, dataset_dir, replace=replace)
+        with _told(dataset_dir, "could not take its name"):
+            for folder in (*(path for path in partial_dir.iterdir() if path.is_dir()), partial_dir):
+                sync_folder(folder)
+            require_free_place(dataset_dir, replace=replace)
+            _swap_in(partial_dir, dataset_dir)
     except BaseException:
         shutil.rmtree(partial_dir, ignore_errors=True)
         raise
 
 
-def _swap_in(partial_dir: Path, dataset_dir: Path, *, replace: bool) -> None:
+def _swap_in(partial_dir: Path, dataset_dir: Path) -> None:
     """Give the new folder its name. Between the two renames of a replacement the old dataset stands beside, whole."""
-    require_free_place(dataset_dir, replace=replace)
-    old_dir = dataset_dir.with_name(f".{dataset_dir.name}.replaced-{os.getpid()}")
+    old_dir = replaced_dir_of(dataset_dir)
+    if dataset_dir.exists():
+        dataset_dir.rename(old_dir)
     try:
-        if dataset_dir.exists():
-            dataset_dir.rename(old_dir)
-        try:
-            partial_dir.rename(dataset_dir)
-        except OSError:
-            if old_dir.exists():
-                old_dir.rename(dataset_dir)
-            raise
-    except OSError as error:
-        raise PlacementError(
-            f"{dataset_dir}: could not take its name: {error.strerror}; choose another --out"
-        ) from error
+        partial_dir.rename(dataset_dir)
+    except OSError:
+        if old_dir.exists():
+            old_dir.rename(dataset_dir)
+        raise
     sync_folder(dataset_dir.parent)
-    shutil.rmtree(old_dir, ignore_errors=True)
+    if old_dir.exists():
+        discard(old_dir, dataset_dir)
 
 
-def _tell_of_unfinished_builds(dataset_dir: Path) -> None:
-    """Name what killed builds left; another build of the same dataset may be running, so nothing is deleted."""
-    for left in sorted(dataset_dir.parent.glob(f".{dataset_dir.name}.partial-*")):
-        print(
-            f"{left}: left by a build that was killed or still runs; starting clean beside it",
-            file=sys.stderr,
-            flush=True,
-        )
+@contextmanager
+def _told(dataset_dir: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PlacementError(f"{dataset_dir}: {what}: {error.strerror}; choose another --out") from error

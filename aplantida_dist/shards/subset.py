@@ -16,6 +16,7 @@ from aplantida_dist.data.manifest import Manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json, sha256_of_file
 from aplantida_dist.shards.account import Account
+from aplantida_dist.shards.claim import claimed
 from aplantida_dist.shards.licence import ANY_LICENCE, Licence, Requirement, count_licences, licence_inside
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_apart, require_free_place
@@ -63,7 +64,7 @@ def build_subset(parent_dir: Path, dataset_dir: Path, *, options: SubsetOptions)
         tuple(parent.class_map.class_names[label] for label in selection.labels),
         Parent(parent.class_map.digest, selection.labels),
     )
-    with placed(dataset_dir, replace=options.replace) as partial_dir:
+    with claimed(dataset_dir), placed(dataset_dir, replace=options.replace) as partial_dir:
         class_map.save(partial_dir / CLASSES_FILE)
         manifests = tuple(
             _write(selected, partial_dir, class_map=class_map, labels=selection.labels, limits=options.limits)
@@ -118,6 +119,7 @@ def _write(
         limits=limits,
         licence=licence_inside(selected.licences),
         parent=selected.split.digest,
+        reencoding=selected.split.manifest.reencoding,
     )
 
 

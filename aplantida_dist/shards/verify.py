@@ -18,7 +18,9 @@ from aplantida_dist.data.manifest import (
     parse_manifest,
 )
 from aplantida_dist.errors import UserError
+from aplantida_dist.shards.claim import find_replaced
 from aplantida_dist.shards.inspection import Damage, ShardFinding, inspect_shard
+from aplantida_dist.shards.licence import Licence, licence_inside, parse_licence
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import DATASET_ENTRIES
 from aplantida_dist.shards.view_inspection import inspect_view
@@ -53,7 +55,13 @@ def verify_dataset(dataset_dir: Path) -> Verdict:
     Raises VerifyError only where there is no dataset at all.
     """
     if not dataset_dir.is_dir():
-        raise VerifyError(f"{dataset_dir}: no dataset here; build one with `python shards/build.py`")
+        replaced = find_replaced(dataset_dir.absolute())
+        remedy = "build one with `python shards/build.py`"
+        if replaced is not None:
+            remedy = (
+                f"a build was killed while it replaced this one, which is {replaced} now: rename it, or build again"
+            )
+        raise VerifyError(f"{dataset_dir}: no dataset here; {remedy}")
     present = {entry.name for entry in dataset_dir.iterdir()}
     damages = [Damage(name, "missing") for name in DATASET_ENTRIES - OPTIONAL_ENTRIES - present]
     damages += [Damage(name, "does not belong to the dataset") for name in present - DATASET_ENTRIES]
@@ -95,11 +103,19 @@ def _check_split(dataset_dir: Path, split: str, class_map: ClassMap | None) -> _
     shards = tuple(
         inspect_view(split_dir, shard, num_classes=num_classes)
         if shard.is_foreign
-        else inspect_shard(split_dir, shard, name_of_sha256=name_of_sha256, num_classes=num_classes)
+        else inspect_shard(
+            split_dir,
+            shard,
+            name_of_sha256=name_of_sha256,
+            num_classes=num_classes,
+            max_side=None if manifest.reencoding is None else manifest.reencoding.max_side,
+        )
         for shard in with_pace(manifest.shards, total=len(manifest.shards), doing=f"verifying shards of {split}")
     )
     if all(shard.is_whole for shard in shards) and _identity_digest_of(shards) != manifest.identity_digest:
         faults.append("the identity digest is not that of the samples in the shards")
+    if all(shard.is_whole for shard in shards):
+        faults += _faults_of_licence(manifest, shards)
     damages = [Damage(place, fault) for fault in faults]
     damages += [
         Damage(f"{split}/{name}", "does not belong to the dataset") for name in _extra_names(split_dir, manifest)
@@ -109,6 +125,20 @@ def _check_split(dataset_dir: Path, split: str, class_map: ClassMap | None) -> _
 
 def _identity_digest_of(shards: Iterable[ShardFinding]) -> str:
     return identity_digest(sum(identity_of(key) for shard in shards for key in shard.sample_keys))
+
+
+def _faults_of_licence(manifest: Manifest, shards: Iterable[ShardFinding]) -> list[str]:
+    """The licence that a manifest states is the most restrictive of those that its samples state; None where none does."""
+    stated = frozenset[Licence | None]().union(*(shard.licences for shard in shards))
+    expected = licence_inside(stated)
+    if any(shard.is_foreign for shard in manifest.shards) and manifest.licence is not None:
+        # A photograph in a foreign tar keeps its metadata there, also where a copy of it is more restricted.
+        expected = licence_inside((*stated, parse_licence(manifest.licence)))
+    if manifest.licence == expected:
+        return []
+    return [
+        f"states the licence {manifest.licence or 'none'}, the most restrictive of its samples is {expected or 'none'}"
+    ]
 
 
 def _extra_names(split_dir: Path, manifest: Manifest) -> set[str]:

@@ -21,8 +21,9 @@ from aplantida_dist.shards.inspection import (
     check_index,
     faults_of_bytes,
     gather_faults,
-    is_json_object,
+    json_object,
 )
+from aplantida_dist.shards.licence import Licence, licence_of
 from aplantida_dist.shards.members import read_tar_members
 
 
@@ -35,18 +36,25 @@ def inspect_view(split_dir: Path, shard: Shard, *, num_classes: int | None) -> S
     index, damages = check_index(split_dir, shard)
     if not path.is_file():
         return ShardFinding(
-            place, (), False, (*damages, Damage(place, f"the tar that it leads into is missing: {path}"))
+            place, (), frozenset(), False, (*damages, Damage(place, f"the tar that it leads into is missing: {path}"))
         )
     listed = read_tar_members(path)
     faults = faults_of_bytes(path, shard, {}) + ([listed.fault] if listed.fault else [])
     damages += [Damage(place, f"the tar {path} {fault}") for fault in faults]
     if index is None:
-        return ShardFinding(place, (), False, tuple(damages))
+        return ShardFinding(place, (), frozenset(), False, tuple(damages))
     size_of_offset = {member.offset_data: member.size for member in listed.members if member.isreg()}
     found = gather_faults(_faults_of_rows(path, index, size_of_offset=size_of_offset, num_classes=num_classes))
     found += _faults_of_index(index, shard)
     keys = tuple(keys_of_index(index))
-    return ShardFinding(place, keys, True, (*damages, *(Damage(place, fault) for fault in found)))
+    licences = _licences_of(path, index)
+    return ShardFinding(place, keys, licences, True, (*damages, *(Damage(place, fault) for fault in found)))
+
+
+def _licences_of(path: Path, index: NDArray[Any]) -> frozenset[Licence | None]:
+    with path.open("rb") as tar:
+        contents = (os.pread(tar.fileno(), int(row["metadata_length"]), int(row["metadata_offset"])) for row in index)
+        return frozenset(licence_of(json_object(content) or {}) for content in contents)
 
 
 def _faults_of_index(index: NDArray[Any], shard: Shard) -> list[str]:
@@ -77,7 +85,7 @@ def _faults_of_rows(
                 faults += ["the key is not that of the image"] if sample_key_of(content) != key else []
             if metadata_length and size_of_offset.get(metadata_offset) != metadata_length:
                 faults.append("no metadata lies where the index says")
-            elif metadata_length and not is_json_object(os.pread(descriptor, metadata_length, metadata_offset)):
+            elif metadata_length and json_object(os.pread(descriptor, metadata_length, metadata_offset)) is None:
                 faults.append("no JSON lies where the index says")
             yield key, faults
     finally:
