@@ -30,7 +30,7 @@ example:
 One thread a process, all on the CPU. CPU time is user + system of this process and its workers; a ratio is ours / the
 peer's, the median over the repeats. Every loader delivers the same pictures as normalised float32 batches of 64 at
 224 px with the same crop, flip and number of workers, from the page cache; ours ships uint8 and normalises in the main
-process, the peers in their workers. The first run draws the pictures (about a minute) and keeps them in bench/.cache.
+process, the peers in their workers. The index is of their shards, as if they were tars of others. The first run draws the pictures (about a minute) and keeps them in bench/.cache.
 """
 
 

@@ -10,6 +10,7 @@ import torch
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.world import open_world
 from bench.finding import Finding, Goal, compare, interleave
+from bench.index import index, read, read_with_sha256
 from bench.loader import Loader, image_folder, measure, ours, webdataset_pipeline
 from bench.loop import Load, make_loops
 from bench.pictures import Pictures, prepare_pictures
@@ -72,6 +73,14 @@ def test_totals_and_torchmetrics_say_the_same() -> None:
     metrics = compute(totals.vector)
     assert 0.1 < metrics.top1 < metrics.top5 < 1.0
     assert peer.compute() == pytest.approx([metrics.loss, metrics.top1, metrics.top5, metrics.macro_top1], abs=1e-6)
+
+
+def test_the_index_and_its_peers_read_the_same_tars(pictures: Pictures) -> None:
+    """Every sample is indexed, every byte is read, every tar has its digest."""
+    paths = [pictures.split.shard_path(shard_index) for shard_index in range(len(pictures.split.shard_sizes))]
+    assert index(paths) == NUM_PICTURES
+    assert read(paths) == sum(shard.bytes for shard in pictures.split.manifest.shards)
+    assert read_with_sha256(paths) == len(paths)
 
 
 def test_measures_take_turns() -> None:

@@ -136,7 +136,7 @@ def split_row(manifest: Manifest) -> dict[str, int]:
         "num_samples": manifest.num_samples,
         "num_classes": len(manifest.class_counts),
         "num_shards": len(manifest.shards),
-        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards if not shard.is_foreign),
     }
 
 
