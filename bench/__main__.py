@@ -11,6 +11,7 @@ import torch
 
 from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.world import open_world
+from bench.audit import bench_audit
 from bench.finding import Finding
 from bench.index import bench_index
 from bench.loader import bench_loader
@@ -20,7 +21,7 @@ from bench.plan import bench_plan
 from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
-PARTS = ("loader", "loop", "totals", "plan", "index")
+PARTS = ("loader", "loop", "totals", "plan", "index", "audit")
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
 EXAMPLE = """\
@@ -48,6 +49,8 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
             return bench_loader(_pictures(options), repeats=options.repeats)
         case "index":
             return bench_index(_pictures(options), repeats=options.repeats)
+        case "audit":
+            return bench_audit(_pictures(options).folder, repeats=options.repeats)
         case "loop":
             os.environ["ACCELERATE_USE_CPU"] = "true"  # it would take a GPU where there is one
             return bench_loop(world=open_world(precision="fp32", timeout_s=60), repeats=options.repeats)
@@ -76,7 +79,10 @@ def _parser() -> CommandParser:
         "--repeats", type=count, default=5, help="how often each is measured, or a multiple of it (default %(default)s)"
     )
     parser.add_argument(
-        "--pictures", type=count, default=1536, help="how many pictures are loaded and indexed (default %(default)s)"
+        "--pictures",
+        type=count,
+        default=1536,
+        help="how many pictures are loaded, audited and indexed (default %(default)s)",
     )
     return parser
 

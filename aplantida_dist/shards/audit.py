@@ -21,7 +21,6 @@ SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MAX_PICTURE_BYTES = 512 * 2**20
 MIN_SIDE = 32
 """The side of the smallest picture that is looked at (`looks.SMALL_SIDE`); at 224 pixels it is enlarged seven times already."""
-_BROKEN_CHECKSUM = "its checksums do not fit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ def audit_places(
 
     A picture whose shorter side is below `min_side` pixels is a fault.
     """
-    audit = partial(_audit_together, with_looks=with_looks, min_side=min_side)
+    audit = partial(_audit_places_together, with_looks=with_looks, min_side=min_side)
     return map_in_order(audit, places, num_workers=num_workers)
 
 
@@ -84,17 +83,19 @@ def keys_of_places(places: Iterable[Place], *, num_workers: int) -> Iterator[str
 
 def audit_picture(content: bytes, *, with_looks: bool, min_side: int = MIN_SIDE) -> Picture | Fault:
     """Audit the bytes of one picture."""
-    return _with_looks([_see(content, min_side=min_side)], with_looks=with_looks)[0]
+    return _audit_together([content], with_looks=with_looks, min_side=min_side)[0]
 
 
-def _audit_together(places: Sequence[Place], *, with_looks: bool, min_side: int) -> list[Picture | Fault]:
-    contents = map(_read, places)
-    found = [content if isinstance(content, Fault) else _see(content, min_side=min_side) for content in contents]
-    return _with_looks(found, with_looks=with_looks)
+def _audit_places_together(places: Sequence[Place], *, with_looks: bool, min_side: int) -> list[Picture | Fault]:
+    return _audit_together(map(_read, places), with_looks=with_looks, min_side=min_side)
 
 
-def _with_looks(found: Sequence[_Seen | Fault], *, with_looks: bool) -> list[Picture | Fault]:
-    """The findings, with their looks where they are asked for: found together, since one by one they cost a tenth of the decoding."""
+def _audit_together(contents: Iterable[bytes | Fault], *, with_looks: bool, min_side: int) -> list[Picture | Fault]:
+    """Audit a few pictures, one in memory at a time; their looks are found together, for alone each costs a tenth of the decoding."""
+    with warnings.catch_warnings():
+        # Pillow warns of odd metadata and of large pictures; what matters here are its errors.
+        warnings.simplefilter("ignore")
+        found = [content if isinstance(content, Fault) else _see(content, min_side=min_side) for content in contents]
     if not with_looks:
         return [one if isinstance(one, Fault) else one.picture for one in found]
     looks = iter(looks_of([one.small for one in found if isinstance(one, _Seen)]))
@@ -120,17 +121,14 @@ def _read(place: Place) -> bytes | Fault:
 
 def _see(content: bytes, *, min_side: int) -> _Seen | Fault:
     """Decode a picture exactly as training will, and look at it. What kind it is comes from its bytes, never from its name."""
-    with warnings.catch_warnings():
-        # Pillow warns of odd metadata and of large pictures; what matters here are its errors.
-        warnings.simplefilter("ignore")
-        try:
-            opened = open_picture(content)
-            suffix = SUFFIX_OF_FORMAT[opened.format or ""]
-            image = to_rgb(opened)
-        except DecodeError as error:
-            return Fault(error.flaw, error.detail)
-        if suffix == "png" and not _checksums_fit(content):
-            return Fault("undecodable", _BROKEN_CHECKSUM)
+    try:
+        opened = open_picture(content)
+        suffix = SUFFIX_OF_FORMAT[opened.format or ""]
+        image = to_rgb(opened)
+    except DecodeError as error:
+        return Fault(error.flaw, error.detail)
+    if suffix == "png" and not _checksums_fit(content):
+        return Fault("undecodable", "its checksums do not fit")
     if min(image.size) < min_side:
         return Fault("too_small", f"{image.width} × {image.height} pixels; the shorter side must have {min_side}")
     small = shrink(image)

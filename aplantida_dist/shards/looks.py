@@ -44,8 +44,10 @@ def looks_of(smalls: Sequence[Image.Image]) -> list[int]:
     They are the signs of the lowest 8 × 8 cosine frequencies against their median (Zauner 2010, Krawetz 2011). One by one the
     library takes 0.1 ms for each, a tenth of the decoding.
     """
-    pixels = np.frombuffer(b"".join(small.tobytes() for small in smalls), np.uint8)
-    pixels = pixels.reshape(-1, SMALL_SIDE, SMALL_SIDE)
+    column = Image.new("L", (SMALL_SIDE, SMALL_SIDE * len(smalls)))
+    for row, small in enumerate(smalls):
+        column.paste(small, (0, SMALL_SIDE * row))  # a third of what each pays on its way into an array
+    pixels = np.asarray(column).reshape(-1, SMALL_SIDE, SMALL_SIDE)
     low = (_WAVES @ pixels @ _WAVES.T).reshape(-1, LOOK_BITS)
     medians = np.median(low, axis=1, keepdims=True)
     return [int.from_bytes(row.tobytes(), "big") for row in np.packbits(low > medians, axis=1)]
