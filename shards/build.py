@@ -7,14 +7,17 @@ import os
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from aplantida_dist.command import CommandParser, run_command
+from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.errors import UserError
 from aplantida_dist.shards.account import to_text
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
+from aplantida_dist.shards.download.downloader import download
+from aplantida_dist.shards.download.haul import to_text as haul_to_text
+from aplantida_dist.shards.download.manners import Manners
 from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.groups import MAX_DISTANCE
-from aplantida_dist.shards.jsonl import read_jsonl
-from aplantida_dist.shards.licence import parse_requirement
+from aplantida_dist.shards.jsonl import read_jsonl, read_shortfall
+from aplantida_dist.shards.licence import Requirement, parse_requirement
 from aplantida_dist.shards.placement import require_free_place
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.writer import ShardLimits
@@ -23,6 +26,7 @@ EXAMPLE = """\
 example:
   python shards/build.py --from-folder my_pictures --out shards/mine
   python shards/build.py --from-jsonl records.jsonl --image-dir pictures --require-license commercial --out shards/mine
+  python shards/build.py --from-jsonl records.jsonl --image-dir pictures --download --out shards/mine
 
 my_pictures holds one folder a class, or train/, val/ (or validation/) and test/ with one folder a class in each.
 A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept with each sample as KEY.json.
@@ -30,6 +34,7 @@ A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept 
 records.jsonl holds one JSON object a line: `latin_name` (the class) and `image_url` or `image_path`; further plant_id, common_name,
 image_source, license, attribution, region, country, which are kept, and `split` (train, val, validation or test) in all lines or none.
 The picture of a URL lies in pictures as md5(url).jpg (.jpeg, .png, .webp), an image_path is relative to pictures.
+With --download the pictures of URLs that are not there are fetched into it first; the same command goes on where it was interrupted.
 """
 
 
@@ -39,7 +44,7 @@ def main() -> None:
     # Before the source is read: a million records take half a minute.
     require_free_place(options.out, replace=options.replace)
     account = build_dataset(
-        _read_source(options),
+        _read_source(options, requirement),
         options.out,
         options=BuildOptions(
             seed=options.seed,
@@ -55,14 +60,36 @@ def main() -> None:
     print(f"report: {options.out / 'report.md'}")
 
 
-def _read_source(options: argparse.Namespace) -> Source:
+def _read_source(options: argparse.Namespace, requirement: Requirement) -> Source:
+    if options.per_host is not None and not options.download:
+        raise UserError("--per-host belongs to --download; leave it out, or add --download")
     if options.from_folder is not None:
+        if options.download:
+            raise UserError("--download belongs to --from-jsonl; leave it out, or give records instead of a folder")
         if options.image_dir is not None:
             raise UserError("--image-dir belongs to --from-jsonl; leave it out, or give records instead of a folder")
         return read_folder(options.from_folder)
     if options.image_dir is None:
         raise UserError("--from-jsonl needs --image-dir, the folder of the pictures; see shards/build.py --help")
-    return read_jsonl(options.from_jsonl, options.image_dir)
+    if not options.download:
+        return read_jsonl(options.from_jsonl, options.image_dir)
+    return read_jsonl(options.from_jsonl, options.image_dir, not_downloaded=_download(options, requirement))
+
+
+def _download(options: argparse.Namespace, requirement: Requirement) -> dict[str, str]:
+    """Fetch what is not there; returns each URL that did not come, and why."""
+    shortfall = read_shortfall(options.from_jsonl, options.image_dir, requirement=requirement)
+    unlicensed = dict.fromkeys(shortfall.unlicensed, "its licence was not asked for, so it was not fetched")
+    print(f"pictures of {shortfall.num_there:,} records are there already", flush=True)
+    if unlicensed:
+        print(
+            f"{len(unlicensed):,} URLs are not fetched, for want of a licence that --require-license accepts",
+            flush=True,
+        )
+    manners = Manners() if options.per_host is None else Manners(per_host=options.per_host)
+    haul = download(shortfall.urls, options.image_dir, manners=manners)
+    print(haul_to_text(haul), flush=True)
+    return unlicensed | {url: str(failure) for url, failure in haul.failures.items()}
 
 
 def _parser() -> CommandParser:
@@ -72,6 +99,15 @@ def _parser() -> CommandParser:
     source.add_argument("--from-folder", type=Path, metavar="DIR", help="the folder of pictures")
     source.add_argument("--from-jsonl", type=Path, metavar="FILE", help="records of pictures, one JSON object a line")
     parser.add_argument("--image-dir", type=Path, metavar="DIR", help="where the pictures of --from-jsonl lie")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch what is not in --image-dir from its image_url, politely"
+    )
+    parser.add_argument(
+        "--per-host",
+        type=count,
+        metavar="N",
+        help=f"requests open at one host at once, with --download (default: {Manners().per_host})",
+    )
     parser.add_argument(
         "--require-license",
         default="any",

@@ -35,6 +35,7 @@ OWNERS = {
     "wandb": {"report"},
     "timm": {"model"},
     "matplotlib": {"analysis.plots"},
+    "httpx2": {"shards.download.web"},
     "imagehash": {"shards.looks"},
     "tqdm": {"progress"},
     "yaml": {"strict_yaml"},
