@@ -99,7 +99,8 @@ class Web:
             return Failure("passing", f"silent for {manners.silence_s:g} s")
         except httpx2.ConnectError as error:
             return Failure("passing", "no connection", _short(str(error) or type(error).__name__))
-        except httpx2.RequestError as error:
+        except (httpx2.RequestError, ValueError) as error:
+            # httpx2 2.16 raises ValueError for a Location without a host, such as //x@:80/.
             return Failure("passing", "connection broken", _short(str(error) or type(error).__name__))
 
     async def _read(self, response: httpx2.Response) -> Answer:
