@@ -37,6 +37,7 @@ OWNERS = {
     "matplotlib": {"analysis.plots"},
     "braceexpand": {"shards.tar_urls"},
     "imagehash": set(),
+    "httpx2": {"shards.download.web"},
     "tqdm": {"progress"},
     "yaml": {"strict_yaml"},
     "safetensors": {"checkpoint"},

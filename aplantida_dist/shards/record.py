@@ -11,6 +11,7 @@ from aplantida_dist.shards.place import Place
 Reason = Literal[
     "outside_classes",
     "missing",
+    "not_downloaded",
     "licence",
     "unreadable",
     "not_a_picture",
@@ -35,6 +36,7 @@ Reason = Literal[
 MEANING_OF_REASON: dict[Reason, str] = {
     "outside_classes": "lies in no class folder",
     "missing": "the picture of the record is not in the image folder",
+    "not_downloaded": "the picture of the record could not be fetched",
     "licence": "under a licence that was not asked for, or the same photograph is in another record",
     "unreadable": "could not be read",
     "not_a_picture": "holds nothing that is known as a picture",
