@@ -213,8 +213,9 @@ def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
         "learning_rate": [row.learning_rate for row in rows],
     }
     clean = [row.val and row.val.clean for row in rows]
-    if any(clean):
-        columns["val_leaked_samples"] = [row.val and row.val.leaked_samples for row in rows]
+    leaked = [row.val and row.val.leaked_samples for row in rows]
+    if any(leaked):
+        columns["val_leaked_samples"] = leaked
     splits: dict[str, Sequence[SplitMetrics | None]] = {
         "train": [row.train for row in rows],
         "val": [row.val for row in rows],

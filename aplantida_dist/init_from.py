@@ -181,13 +181,16 @@ def _open_pt(path: Path) -> Ancestor:
     )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError:
         # torch's own text runs over a dozen lines and advises to switch the protection off.
-        reason = " ".join(str(error).split("\n")[0].split())[:160]
         raise InitError(
-            f"model.init_from: {path}: holds something else than tensors and plain values, or is cut ({type(error).__name__}: "
-            f"{reason}); it is not unpickled, {expected}"
+            f"model.init_from: {path}: is no file of torch.save, or holds more than tensors and plain values (numpy's too), which is "
+            f"not unpickled because that can run code; {expected}"
         ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise InitError(
+            f"model.init_from: {path}: is cut, or no file of torch.save ({type(error).__name__}); {expected}"
+        ) from error
     state = content.get(STATE_KEY) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InitError(f"model.init_from: {path}: holds no weights under {STATE_KEY!r}, {expected}")

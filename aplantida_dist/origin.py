@@ -45,7 +45,7 @@ def trace_origin_across_ranks(
     """
     lineage = world.agree_across_ranks(
         lambda: (
-            _lineage_of_run(train_split, checkpoint, beginning, pretrained) if world.is_main else Lineage(NO_IDENTITIES)
+            lineage_of_run(train_split, checkpoint, beginning, pretrained) if world.is_main else Lineage(NO_IDENTITIES)
         )
     )
     leaked = NO_IDENTITIES
@@ -59,6 +59,17 @@ def trace_origin_across_ranks(
             raise world.told_by_main(leak_error(fact))
         lines.append(f"warning: {fact}; each row shows val whole and its clean part, and best goes by the clean part")
     return Origin(lineage, leaked, tuple(lines) if world.is_main else ())
+
+
+def lineage_of_run(
+    train_split: Split, checkpoint: Checkpoint | None, beginning: Beginning | None, pretrained: str | None
+) -> Lineage:
+    """The lineage as the checkpoint to go on from recorded it, or that of a run that begins. For the main process."""
+    if checkpoint is not None and checkpoint.position.lineage is not None:
+        return checkpoint.lineage()
+    parents = [] if beginning is None else [(beginning.descent, beginning.lineage)]
+    unknown = [] if pretrained is None else [f"timm's pretrained weights of {pretrained}"]
+    return descend(train_split.identities, parents, unknown=unknown)
 
 
 def leak_error(fact: str) -> LeakError:
@@ -82,17 +93,6 @@ def unknown_lines(lineage: Lineage) -> list[str]:
         f"warning: the lineage is not known whole: nobody recorded what was trained on by {' and '.join(lineage.unknown)}; "
         "a leak from there cannot be seen"
     ]
-
-
-def _lineage_of_run(
-    train_split: Split, checkpoint: Checkpoint | None, beginning: Beginning | None, pretrained: str | None
-) -> Lineage:
-    """The lineage as the checkpoint to go on from recorded it, or that of a run that begins."""
-    if checkpoint is not None and checkpoint.position.lineage is not None:
-        return checkpoint.lineage()
-    parents = [] if beginning is None else [(beginning.descent, beginning.lineage)]
-    unknown = [] if pretrained is None else [f"timm's pretrained weights of {pretrained}"]
-    return descend(train_split.identities, parents, unknown=unknown)
 
 
 def _leak_of_run(leaked: Identities, val_split: Split, train_split: Split, lineage: Lineage) -> str:
