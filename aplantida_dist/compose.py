@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from aplantida_dist import __version__
+from aplantida_dist.ancestor import open_ancestor
 from aplantida_dist.checkpoint import Checkpoint, load_model_state, unpack_optimizer
 from aplantida_dist.config import Config
 from aplantida_dist.data.classmap import ClassMap
@@ -19,7 +20,7 @@ from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import TrainPlan
 from aplantida_dist.data.stream import Reading
 from aplantida_dist.history import History
-from aplantida_dist.init_from import Beginning, begin_with, open_ancestor, write_beginning
+from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.metrics import Totals
 from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from aplantida_dist.ancestor import Ancestor, InitError, open_ancestor
 from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.errors import UserError
-from aplantida_dist.init_from import Ancestor, InitError, begin_with, open_ancestor
+from aplantida_dist.init_from import begin_with
 from aplantida_dist.lineage import Descent, Lineage
 from aplantida_dist.model import build_model, head_names
 from aplantida_dist.origin import NO_IDENTITIES
