@@ -10,17 +10,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json, read_json, sha256_of_file, sync_folder, write_json
+from aplantida_dist.lineage import Lineage, lineage_from
 
-FORMAT = 1
+FORMAT = 2
+READABLE_FORMATS = (1, 2)
+"""Format 1 had no lineage."""
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 TOTALS_FILE = "totals.safetensors"
+SEEN_FILE = "seen.npy"
+"""The identities of the lineage: int64 [n], little-endian, ascending, in numpy's own format; 8 bytes a photograph."""
 POSITION_FILE = "position.json"
 
 
@@ -49,6 +55,8 @@ class Position:
     spent_ns: int
     waited_ns: int
     skipped_steps: int
+    lineage: Mapping[str, Any] | None
+    """`Lineage.facts`, whose identities lie beside in seen.npy; None in a checkpoint of format 1, which recorded none."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,19 @@ class Checkpoint:
         totals: Tensor = load_file(self.path / TOTALS_FILE)["totals"]
         return totals
 
+    @property
+    def digest(self) -> str:
+        """The sha256 of position.json, which holds the digests of all the other files."""
+        return sha256_of_file(self.path / POSITION_FILE)
+
+    def lineage(self) -> Lineage:
+        """What the weights were trained on; a checkpoint of format 1 cannot tell and is itself the unknown."""
+        if self.position.lineage is None:
+            nobody = np.zeros(0, dtype=np.int64)
+            return Lineage(nobody, unknown=(f"{self.path} (written before lineage was recorded)",))
+        identities = np.load(self.path / SEEN_FILE, allow_pickle=False).astype(np.int64)
+        return lineage_from(identities, self.position.lineage)
+
 
 def save_checkpoint(
     checkpoints_dir: Path,
@@ -79,6 +100,7 @@ def save_checkpoint(
     model_state: Mapping[str, Tensor],
     optimizer_state: Mapping[str, Tensor],
     totals: Tensor,
+    lineage: Lineage,
 ) -> Path:
     """Write a checkpoint beside its place, sync it, and move it there. For the main process."""
     path = checkpoints_dir / f"step_{position.step:08d}"
@@ -93,7 +115,9 @@ def save_checkpoint(
         ):
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside / name)
             _sync_file(beside / name)
-        files = {name: sha256_of_file(beside / name) for name in (MODEL_FILE, OPTIMIZER_FILE, TOTALS_FILE)}
+        np.save(beside / SEEN_FILE, lineage.identities.astype("<i8"), allow_pickle=False)
+        _sync_file(beside / SEEN_FILE)
+        files = {name: sha256_of_file(beside / name) for name in (MODEL_FILE, OPTIMIZER_FILE, TOTALS_FILE, SEEN_FILE)}
         write_json(beside / POSITION_FILE, {"format": FORMAT, **asdict(position), "files": files})
         sync_folder(beside)
         if path.exists():
@@ -130,9 +154,9 @@ def named_by(checkpoints_dir: Path, pointer: str) -> Path | None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint and check every file against its digest; CheckpointError names what is wrong."""
     content = read_json(path / POSITION_FILE, what="checkpoint", remedy="choose a folder below checkpoints/")
-    if content.get("format") != FORMAT:
+    if content.get("format") not in READABLE_FORMATS:
         raise CheckpointError(
-            f"{path}: format {content.get('format')}, this program reads format {FORMAT}; use the version that wrote it"
+            f"{path}: format {content.get('format')}, this program reads formats 1 and {FORMAT}; use the version that wrote it"
         )
     for name, expected in content["files"].items():
         if not (path / name).is_file():
@@ -141,7 +165,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: {name} has changed since it was written (its sha256 differs); choose another checkpoint"
             )
-    fields = {key: value for key, value in content.items() if key not in ("format", "files")}
+    fields = {"lineage": None} | {key: value for key, value in content.items() if key not in ("format", "files")}
     return Checkpoint(path, Position(**fields))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from aplantida_dist import __version__
+from aplantida_dist.ancestor import open_ancestor
 from aplantida_dist.checkpoint import Checkpoint, load_model_state, unpack_optimizer
 from aplantida_dist.config import Config
 from aplantida_dist.data.classmap import ClassMap
@@ -19,8 +20,11 @@ from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import TrainPlan
 from aplantida_dist.data.stream import Reading
 from aplantida_dist.history import History
+from aplantida_dist.init_from import Beginning, begin_with, write_beginning
+from aplantida_dist.lineage import Lineage
 from aplantida_dist.metrics import Totals
 from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
+from aplantida_dist.origin import trace_origin_across_ranks
 from aplantida_dist.progress import open_progress
 from aplantida_dist.record import MainRecord, Provenance, Record
 from aplantida_dist.report import new_run_id, open_report
@@ -40,15 +44,17 @@ class Request:
     resume: str
     max_samples: int | None
     extra_checks: bool
+    allow_leak: bool
 
 
 @dataclass(frozen=True)
 class Training:
-    """A job, the step it begins at, and the epoch it begins in the middle of."""
+    """A job, the step it begins at, the epoch it begins in the middle of, and what to tell of its weights."""
 
     job: Job
     start_step: int
     running: Running
+    origin_lines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class _Ground:
     plan: TrainPlan
     model: nn.Module
     checkpoint: Checkpoint | None
+    beginning: Beginning | None
     digests: dict[str, str]
 
     @property
@@ -73,6 +80,15 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
     ground = world.agree_across_ranks(lambda: _lay_ground(config, world=world, request=request))
     world.require_equal_across_ranks(
         "what the run stands on (config, dataset, checkpoint)", f"{ground.digests} at {ground.start_step}"
+    )
+    origin = trace_origin_across_ranks(
+        world=world,
+        train_split=ground.train_split,
+        val_split=ground.val_split,
+        checkpoint=ground.checkpoint,
+        beginning=ground.beginning,
+        pretrained=config.model.name if config.model.pretrained else None,
+        allow_leak=request.allow_leak,
     )
     pixels = pixel_convention(ground.model)
     optimizer = world.agree_across_ranks(
@@ -89,7 +105,14 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         _restore(ground.checkpoint, world=world, model=model, optimizer=prepared, running=running)
     schedule = _schedule(config, ground.plan)
     record = world.agree_across_ranks(
-        lambda: _open_record(config, ground, world=world, request=request, total_steps=schedule.total_steps)
+        lambda: _open_record(
+            config,
+            ground,
+            lineage=origin.lineage,
+            world=world,
+            request=request,
+            total_steps=schedule.total_steps,
+        )
     )
     train_transform, evaluation_transform = _transforms(config, pixels)
     job = Job(
@@ -101,6 +124,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         schedule=schedule,
         train_split=ground.train_split,
         val_split=ground.val_split,
+        leaked=origin.leaked,
         train_transform=train_transform,
         evaluation_transform=evaluation_transform,
         reading=reading_of(config, world),
@@ -117,7 +141,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         extra_checks=request.extra_checks,
     )
     world.agree_across_ranks(config.require_all_read)
-    return Training(job, ground.start_step, running)
+    return Training(job, ground.start_step, running, origin.lines)
 
 
 def reading_of(config: Config, world: World) -> Reading:
@@ -138,7 +162,7 @@ def model_of(config: Config, *, num_classes: int, pretrained: bool) -> nn.Module
 
 
 def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
-    """Open the dataset, find the checkpoint, make the model; the main process makes the run folder."""
+    """Open the dataset, find the checkpoint, make the model and give it the weights that it begins or goes on with."""
     dataset = open_dataset(Path(config.data.dataset))
     train_split = dataset.open_split("train", max_samples=request.max_samples)
     val_split = dataset.open_split("val", max_samples=request.max_samples) if config.evaluation.every_epochs else None
@@ -158,10 +182,14 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
             law_fields=config.law_fields(),
         )
     # A checkpoint brings all weights, so those of timm's hub are not fetched a second time.
-    pretrained = config.model.pretrained and checkpoint is None
+    pretrained, init_from, beginning = config.model.pretrained and checkpoint is None, config.model.init_from, None
     model = model_of(config, num_classes=dataset.class_map.num_classes, pretrained=pretrained)
     if checkpoint is not None:
         load_model_state(model, checkpoint)
+        digests |= {name: told for name, told in checkpoint.position.digests.items() if name == "init_from"}
+    elif init_from is not None:
+        beginning = begin_with(model, open_ancestor(Path(init_from)), class_map=dataset.class_map)
+        digests["init_from"] = beginning.descent.digest
     plan = TrainPlan(
         shard_sizes=train_split.shard_sizes,
         seed=config.seed,
@@ -169,9 +197,7 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
         micro_batch_size=config.train.micro_batch_size,
         block_samples=config.data.block_samples,
     )
-    if world.is_main:
-        prepare_run_folder(request.run_dir, config_yaml=dump_yaml(config.to_dict()), class_map=dataset.class_map)
-    return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, digests)
+    return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, beginning, digests)
 
 
 def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimizer: Any, running: Running) -> None:
@@ -215,13 +241,18 @@ def evaluation_transform_of(config: Config, pixels: PixelConvention) -> Evaluati
     return EvaluationTransform(config.data.image_size, pixels.crop_fraction, pixels.interpolation)
 
 
-def _open_record(config: Config, ground: _Ground, *, world: World, request: Request, total_steps: int) -> Record:
-    """Open history, report, progress and status on the main process; the other ranks get silence."""
+def _open_record(
+    config: Config, ground: _Ground, *, lineage: Lineage, world: World, request: Request, total_steps: int
+) -> Record:
+    """Make the run folder, open history, report, progress and status on the main process; the other ranks get silence."""
     report, checkpoint = config.report, config.checkpoint
     settings = (report.wandb, report.project, report.name, list(report.tags))
     keep_last, best_metric, best_mode = checkpoint.keep_last, checkpoint.best_metric, checkpoint.best_mode
     if not world.is_main:
         return Record()
+    prepare_run_folder(request.run_dir, config_yaml=dump_yaml(config.to_dict()), class_map=ground.class_map)
+    if ground.beginning is not None:
+        write_beginning(request.run_dir, ground.beginning)
     run_id = new_run_id() if ground.checkpoint is None else ground.checkpoint.position.wandb_run_id
     history = History(request.run_dir)
     cut = history.cut_after(ground.start_step)
@@ -250,6 +281,7 @@ def _open_record(config: Config, ground: _Ground, *, world: World, request: Requ
             law_fields=config.law_fields(),
             code_version=__version__,
             wandb_run_id=run_id,
+            lineage=lineage,
         ),
         keep_last=keep_last,
         best_metric=best_metric,

@@ -131,7 +131,12 @@ class ModelSection(Section):
     name: Text
     """Name of the model in timm (`timm.list_models()`)."""
     pretrained: bool = False
-    """Whether to begin with timm's pretrained weights; the head is new whenever the classes are."""
+    """Whether to begin with timm's pretrained weights; the head is new whenever the classes are. Not beside init_from."""
+    init_from: Text | None = None
+    """What to begin with instead: a run folder (its best checkpoint), a folder below its checkpoints/, or a .pt with `model_state_dict`.
+
+    The head is carried over by class name. A resumed run has its own weights: it does not read this again, nor needs it to be there.
+    """
     kwargs: Arguments = {}
     """Further arguments of `timm.create_model`, such as drop_path_rate. Image size and number of classes come by themselves."""
 

@@ -119,6 +119,8 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for small, large, reason in _AT_MOST:
         if known(small, large) and values[small] > values[large]:
             yield small, f"at most {large}, {show(values[large])}{reason}"
+    if known("model.pretrained", "model.init_from") and values["model.pretrained"] and values["model.init_from"]:
+        yield "model.pretrained", "false where model.init_from says what to begin with"
     every, metric, mode = "evaluation.every_epochs", "checkpoint.best_metric", "checkpoint.best_mode"
     if known(metric, every) and values[every] == 0 and values[metric].startswith("val."):
         yield metric, f"a metric of train, such as train.loss, where {every} is 0"

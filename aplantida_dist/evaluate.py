@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from aplantida_dist.checkpoint import load_model_state
+from aplantida_dist.checkpoint import Checkpoint, load_model_state
 from aplantida_dist.command import CommandParser, run_command
 from aplantida_dist.compose import evaluation_transform_of, model_of, reading_of
 from aplantida_dist.config import Config
@@ -18,9 +18,13 @@ from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.errors import UserError
-from aplantida_dist.evaluation import as_split_metrics, evaluate_across_ranks
+from aplantida_dist.evaluation import as_evaluation_metrics, evaluate_across_ranks
 from aplantida_dist.files import write_json
+from aplantida_dist.history import EvaluationMetrics
+from aplantida_dist.lineage import Identities
 from aplantida_dist.model import Normalize, pixel_convention
+from aplantida_dist.origin import leak_error, leak_text, unknown_lines
+from aplantida_dist.record import clean_text
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
 from aplantida_dist.world import World, open_world, told_once_a_node
 
@@ -36,11 +40,12 @@ def main() -> None:
         arguments = _parse_arguments()
         config = load_config(arguments.run / CONFIG_FILE, arguments.overrides)
     world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
-    model, split, num_classes = world.agree_across_ranks(lambda: _open(arguments, config))
+    model, checkpoint, split, num_classes = world.agree_across_ranks(lambda: _open(arguments, config))
     world.require_equal_across_ranks("the split to evaluate", split.digest)
+    leaked = world.learn_from_main_across_ranks(lambda: _find_leak(split, checkpoint, allow_leak=arguments.allow_leak))
     pixels = pixel_convention(model)
     with ExitStack() as files:
-        metrics = evaluate_across_ranks(
+        evaluation = evaluate_across_ranks(
             world.prepare_for_evaluation(model),
             world=world,
             split=split,
@@ -49,17 +54,18 @@ def main() -> None:
             normalize=Normalize(pixels, world.device),
             micro_batch_size=config.evaluation.micro_batch_size,
             reading=reading_of(config, world),
+            leaked=leaked,
             write_predictions=_writer(arguments.predictions, world, files) if arguments.predictions else None,
         )
-    block = as_split_metrics(metrics, expected_samples=split.num_samples)
+    metrics = as_evaluation_metrics(evaluation, expected_samples=split.num_samples)
     if world.is_main:
         if arguments.json:
-            write_json(arguments.json, {split.name: block})
-        _print_metrics(split.name, block, arguments)
+            write_json(arguments.json, {split.name: metrics.model_dump(mode="json", exclude_none=True)})
+        _print_metrics(split.name, metrics, arguments)
     world.close()
 
 
-def _open(arguments: argparse.Namespace, config: Config) -> tuple[nn.Module, Split, int]:
+def _open(arguments: argparse.Namespace, config: Config) -> tuple[nn.Module, Checkpoint, Split, int]:
     """The checkpoint's model and the split, whose class maps must be the same."""
     checkpoint = resolve_checkpoint(arguments.run, arguments.checkpoint)
     class_map = load_class_map(arguments.run / CLASSES_FILE)
@@ -68,7 +74,19 @@ def _open(arguments: argparse.Namespace, config: Config) -> tuple[nn.Module, Spl
     split = dataset.open_split(arguments.split)
     model = model_of(config, num_classes=class_map.num_classes, pretrained=False)
     load_model_state(model, checkpoint)
-    return model, split, class_map.num_classes
+    return model, checkpoint, split, class_map.num_classes
+
+
+def _find_leak(split: Split, checkpoint: Checkpoint, *, allow_leak: bool) -> Identities:
+    """What of the split the checkpoint was trained on; LeakError where that is something and not allowed. For the main process."""
+    lineage = checkpoint.lineage()
+    for line in unknown_lines(lineage):
+        print(line, flush=True)
+    leaked = lineage.among(split.identities)
+    if len(leaked) and not allow_leak:
+        before = " or what it began with" if lineage.ancestors else ""
+        raise leak_error(leak_text(leaked, split, by=f"by {checkpoint.path}{before}"))
+    return leaked
 
 
 def _writer(path: Path, world: World, files: ExitStack) -> Callable[[str], Any]:
@@ -87,12 +105,14 @@ def _writer(path: Path, world: World, files: ExitStack) -> Callable[[str], Any]:
     return file.write
 
 
-def _print_metrics(name: str, block: dict[str, Any], arguments: argparse.Namespace) -> None:
+def _print_metrics(name: str, metrics: EvaluationMetrics, arguments: argparse.Namespace) -> None:
     print(
-        f"{name} · {block['num_samples']} samples · loss {block['loss']:.4f} · top-1 {100 * block['top1']:.2f} % · "
-        f"top-5 {100 * block['top5']:.2f} % · macro top-1 {100 * block['macro_top1']:.2f} %",
+        f"{name} · {metrics.num_samples} samples · loss {metrics.loss:.4f} · top-1 {100 * metrics.top1:.2f} % · "
+        f"top-5 {100 * metrics.top5:.2f} % · macro top-1 {100 * metrics.macro_top1:.2f} %",
         flush=True,
     )
+    if metrics.leaked_samples:
+        print(f"{name} · {clean_text(metrics)}", flush=True)
     for path in (arguments.json, arguments.predictions):
         if path:
             print(f"written: {path}", flush=True)
@@ -110,6 +130,11 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DATASET", help="a dataset with the run's classes")
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")
+    parser.add_argument(
+        "--allow-leak",
+        action="store_true",
+        help="go on although the checkpoint was trained on photographs of this split: shows the whole and its clean part",
+    )
     parser.add_argument("--predictions", type=Path, metavar="FILE.jsonl", help="write one line a sample")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics as the history writes them")
     parser.add_argument(

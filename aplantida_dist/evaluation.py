@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +12,28 @@ from torch import Tensor, nn
 
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import EvaluationTransform
+from aplantida_dist.data.manifest import identity_digest
 from aplantida_dist.data.plan import Coordinates, StoredPlan
 from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
-from aplantida_dist.history import SplitMetrics
+from aplantida_dist.history import EvaluationMetrics, SplitMetrics
+from aplantida_dist.lineage import Identities
 from aplantida_dist.loss import cross_entropy
 from aplantida_dist.metrics import Metrics, Totals, compute, require_coverage
 from aplantida_dist.world import World
 
 TOP = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics over a whole split, and over its clean part where `leaked_samples` of it had been trained on.
+
+    `clean` is None where nothing has leaked, and where everything has.
+    """
+
+    whole: Metrics
+    leaked_samples: int
+    clean: Metrics | None
 
 
 def evaluate_across_ranks(
@@ -31,18 +46,21 @@ def evaluate_across_ranks(
     normalize: nn.Module,
     micro_batch_size: int,
     reading: Reading,
+    leaked: Identities,
     write_predictions: Callable[[str], Any] | None = None,
-) -> Metrics:
+) -> Evaluation:
     """Collective. Evaluate a bare model (not wrapped in DDP) on every sample of a split; each rank returns the same metrics.
 
     The loss is the plain cross-entropy. What a micro-batch holds does not depend on the number of ranks, so on one kind
     of device neither do the totals, to the last bit. `write_predictions` gets one JSON line a sample, in the stored
-    order, on the main process; it is given on every rank or on none. Raises CoverageError, StreamError.
+    order, on the main process; it is given on every rank or on none. `leaked` names the samples that the weights
+    had been trained on: int64 [n], ascending, maybe none. Raises CoverageError, StreamError.
     """
     plan = StoredPlan(split.shard_sizes, micro_batch_size)
     slots = plan.slots_of(world.rank, world.world_size)
     micro_batches = MicroBatches(split, plan, transform, seed=0, with_metadata=write_predictions is not None)
-    totals = Totals(num_classes, world.device)
+    totals, clean_totals = Totals(num_classes, world.device), Totals(num_classes, world.device)
+    leaked_here = torch.from_numpy(leaked).to(world.device)
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -50,17 +68,42 @@ def evaluate_across_ranks(
             batch = read.to(world.device)
             logits = model(normalize(batch.images)).float()
             losses = cross_entropy(logits, batch.labels)
-            totals.update(logits, losses, labels=batch.labels, weights=batch.weights, identities=batch.identities)
+            told = {"labels": batch.labels, "identities": batch.identities}
+            totals.update(logits, losses, weights=batch.weights, **told)
+            if len(leaked):
+                clean_weights = torch.where(is_among(batch.identities, leaked_here), 0.0, batch.weights)
+                clean_totals.update(logits, losses, weights=clean_weights, **told)
             if write_predictions is not None:
                 for lines in world.gather_across_ranks(list(prediction_lines(read, logits, losses))):
                     if world.is_main:
                         write_predictions("".join(lines))
     model.train(was_training)
-    metrics = compute(world.sum_across_ranks(totals.vector))
+    whole, clean = world.sum_across_ranks(torch.stack((totals.vector, clean_totals.vector)))
+    return _divided(whole, clean, split=split, leaked=leaked)
+
+
+def is_among(identities: Tensor, sought: Tensor) -> Tensor:
+    """Which of the identities (int64 [b]) are among those sought (int64 [n], ascending, n ≥ 1); bool [b], without waiting for the device."""
+    places = torch.searchsorted(sought, identities).clamp_(max=len(sought) - 1)
+    return sought[places] == identities
+
+
+def _divided(whole_sums: Tensor, clean_sums: Tensor, *, split: Split, leaked: Identities) -> Evaluation:
+    """Divide the sums over all ranks, and prove that the whole and the clean part are what the manifest and the leak say."""
+    whole, clean, num_clean = compute(whole_sums), None, split.num_samples - len(leaked)
     require_coverage(
-        metrics, split=split.name, expected_samples=split.num_samples, expected_identities=split.identity_digest
+        whole, split=split.name, expected_samples=split.num_samples, expected_identities=split.identity_digest
     )
-    return metrics
+    if len(leaked) and num_clean:
+        clean = compute(clean_sums)
+        clean_identities = identity_digest(int(split.identity_digest, 16) - int(leaked.sum()))
+        require_coverage(
+            clean,
+            split=f"{split.name} (clean)",
+            expected_samples=num_clean,
+            expected_identities=clean_identities,
+        )
+    return Evaluation(whole, len(leaked), clean)
 
 
 def prediction_lines(batch: Batch, logits: Tensor, losses: Tensor) -> Iterator[str]:
@@ -85,14 +128,25 @@ def prediction_lines(batch: Batch, logits: Tensor, losses: Tensor) -> Iterator[s
 
 def as_split_metrics(metrics: Metrics, *, expected_samples: int) -> dict[str, Any]:
     """The metrics as a history row's block holds them, validated."""
-    block = SplitMetrics(
-        loss=metrics.loss,
-        top1=metrics.top1,
-        top5=metrics.top5,
-        macro_top1=metrics.macro_top1,
-        num_samples=metrics.num_samples,
-        expected_samples=expected_samples,
-        void_samples=metrics.void_samples,
-        identity_digest=metrics.identity_digest,
-    )
-    return block.model_dump(mode="json")
+    return SplitMetrics(**_block(metrics, expected_samples=expected_samples)).model_dump(mode="json")
+
+
+def as_evaluation_metrics(evaluation: Evaluation, *, expected_samples: int) -> EvaluationMetrics:
+    """An evaluation as a history row's block holds it, validated; leak and clean part are absent where there is none."""
+    block, leaked, clean = _block(evaluation.whole, expected_samples=expected_samples), evaluation.leaked_samples, None
+    if evaluation.clean is not None:
+        clean = SplitMetrics(**_block(evaluation.clean, expected_samples=expected_samples - leaked))
+    return EvaluationMetrics(**block, leaked_samples=leaked or None, clean=clean)
+
+
+def _block(metrics: Metrics, *, expected_samples: int) -> dict[str, Any]:
+    return {
+        "loss": metrics.loss,
+        "top1": metrics.top1,
+        "top5": metrics.top5,
+        "macro_top1": metrics.macro_top1,
+        "num_samples": metrics.num_samples,
+        "expected_samples": expected_samples,
+        "void_samples": metrics.void_samples,
+        "identity_digest": metrics.identity_digest,
+    }

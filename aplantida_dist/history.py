@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,26 @@ class SplitMetrics(_Strict):
         return self
 
 
+class EvaluationMetrics(SplitMetrics):
+    """The metrics of an evaluation. Where samples have leaked, `clean` holds those over all others beside the whole.
+
+    `leaked_samples` counts the samples that the weights had been trained on; absent where there is none, as is `clean`. Where
+    every sample has leaked there is no clean part, and it is absent, not zero.
+    """
+
+    leaked_samples: int | None = Field(default=None, gt=0)
+    clean: SplitMetrics | None = None
+
+    @model_validator(mode="after")
+    def _leaked_and_clean_are_the_whole(self) -> EvaluationMetrics:
+        leaked, clean = self.leaked_samples or 0, self.clean.expected_samples if self.clean else 0
+        if (self.clean is not None and not leaked) or (leaked and leaked + clean != self.expected_samples):
+            raise ValueError(
+                f"{leaked} leaked samples + {clean} clean ones are not the {self.expected_samples} expected"
+            )
+        return self
+
+
 class TrainMetrics(SplitMetrics):
     """The training epoch's metrics, with its speed: images a second over all ranks, share of the time spent waiting for data."""
 
@@ -85,7 +106,7 @@ class Row(_Strict):
     time_utc: str
     learning_rate: float = Field(ge=0.0)
     train: TrainMetrics
-    val: SplitMetrics | None = None
+    val: EvaluationMetrics | None = None
     digests: Digests
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +121,11 @@ class Row(_Strict):
                 return None
             value = value[part]
         return float(value) if isinstance(value, int | float) else None
+
+    def clean_name(self, name: str) -> str:
+        """The name of a metric over what the weights had not been trained on: `val.top1` is `val.clean.top1` where val leaks."""
+        split, _, metric = name.partition(".")
+        return f"{split}.clean.{metric}" if self.metric(f"{split}.leaked_samples") else name
 
 
 class History:
@@ -140,8 +166,11 @@ class History:
         return len(gone)
 
     def best(self, metric: str, mode: Literal["min", "max"]) -> Row | None:
-        """The row with the best value of a metric; the earliest of equals. None while no row holds the metric."""
-        held = [(value, row) for row in self.rows if (value := row.metric(metric)) is not None]
+        """The row with the best value of a metric; the earliest of equals. None while no row holds the metric.
+
+        A split that leaks is judged by its clean part: the whole would reward what was learnt by heart.
+        """
+        held = [(value, row) for row in self.rows if (value := row.metric(row.clean_name(metric))) is not None]
         if not held:
             return None
         choose = max if mode == "max" else min
@@ -183,8 +212,16 @@ def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
         "step": [row.step for row in rows],
         "learning_rate": [row.learning_rate for row in rows],
     }
-    for split in ("train", "val"):
-        parts: list[SplitMetrics | None] = [getattr(row, split) for row in rows]
+    clean = [row.val and row.val.clean for row in rows]
+    leaked = [row.val and row.val.leaked_samples for row in rows]
+    if any(leaked):
+        columns["val_leaked_samples"] = leaked
+    splits: dict[str, Sequence[SplitMetrics | None]] = {
+        "train": [row.train for row in rows],
+        "val": [row.val for row in rows],
+        "val_clean": clean,
+    }
+    for split, parts in splits.items():
         if any(parts):
             columns[f"{split}_loss"] = [part and part.loss for part in parts]
             columns[f"{split}_top1_acc"] = [part and 100.0 * part.top1 for part in parts]

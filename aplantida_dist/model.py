@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -50,6 +52,32 @@ def build_model(
         # argument, OSError and its hub's own errors for weights that cannot be fetched.
         raise ModelError(_advice(name, error, pretrained=pretrained)) from error
     return model
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the model's tensors that hold a row for each class: weights and biases of its classifier."""
+    classifier: Any = model.get_classifier()  # type: ignore[operator]
+    modules = classifier if isinstance(classifier, tuple | list) else (classifier,)
+    rows = {id(parameter) for module in modules for parameter in module.parameters()}
+    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in rows)
+
+
+def resized_position_embedding(name: str, tensor: Tensor, model: nn.Module) -> Tensor | None:
+    """A position embedding that was learned at another image size, resampled by timm to the model's grid.
+
+    tensor: float [1, prefix tokens + old grid, width]; the old grid is a square. None for every other tensor.
+    """
+    wanted, patches = getattr(model, "pos_embed", None), getattr(model, "patch_embed", None)
+    if name != "pos_embed" or wanted is None or tensor.ndim != 3 or tensor.shape[2] != wanted.shape[2]:
+        return None
+    num_prefix_tokens = 0 if getattr(model, "no_embed_class", False) else int(getattr(model, "num_prefix_tokens", 1))
+    old_side = math.isqrt(max(0, tensor.shape[1] - num_prefix_tokens))
+    if patches is None or old_side == 0 or old_side**2 + num_prefix_tokens != tensor.shape[1]:
+        return None
+    resized: Tensor = resample_abs_pos_embed(
+        tensor, new_size=list(patches.grid_size), num_prefix_tokens=num_prefix_tokens
+    )
+    return resized
 
 
 def pixel_convention(model: nn.Module) -> PixelConvention:

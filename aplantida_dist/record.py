@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from aplantida_dist.checkpoint import CheckpointError, Position, pack_optimizer, point_to, retain, save_checkpoint
-from aplantida_dist.history import History, Row
+from aplantida_dist.history import EvaluationMetrics, History, Row
+from aplantida_dist.lineage import Lineage
 from aplantida_dist.progress import Progress
 from aplantida_dist.report import Report
 from aplantida_dist.status import Phase, Status
@@ -26,6 +27,7 @@ class Provenance:
     law_fields: Mapping[str, Any]
     code_version: str
     wandb_run_id: str
+    lineage: Lineage
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class MainRecord(Record):
             spent_ns=so_far.spent_ns,
             waited_ns=so_far.waited_ns,
             skipped_steps=so_far.skipped_steps,
+            lineage=self.provenance.lineage.facts(),
         )
         checkpoint = save_checkpoint(
             self.checkpoints_dir,
@@ -137,19 +140,20 @@ class MainRecord(Record):
             model_state=model_state,
             optimizer_state=optimizer_state,
             totals=so_far.totals,
+            lineage=self.provenance.lineage,
         )
         point_to(self.checkpoints_dir, "last", checkpoint, step=step)
         best = self.history.best(self.best_metric, self.best_mode)
         if best is not None and best.step == step:
-            value = best.metric(self.best_metric)
+            metric = best.clean_name(self.best_metric)
             point_to(
                 self.checkpoints_dir,
                 "best",
                 checkpoint,
                 step=step,
-                metric=self.best_metric,
+                metric=metric,
                 mode=self.best_mode,
-                value=value,
+                value=best.metric(metric),
             )
         retain(self.checkpoints_dir, keep_last=self.keep_last)
 
@@ -168,5 +172,19 @@ def summary_line(row: Row, *, is_best: bool) -> str:
     parts = [f"epoch {row.epoch}", f"train loss {train.loss:.4f} top-1 {100 * train.top1:.2f} %"]
     if row.val is not None:
         parts.append(f"val loss {row.val.loss:.4f} top-1 {100 * row.val.top1:.2f} % top-5 {100 * row.val.top5:.2f} %")
+        if row.val.leaked_samples:
+            parts.append(clean_text(row.val))
     parts.append(f"{train.images_per_s:.1f} images/s, {100 * train.wait_fraction:.0f} % waiting")
     return " · ".join(parts) + (" · best so far" if is_best else "")
+
+
+def clean_text(metrics: EvaluationMetrics) -> str:
+    """What a leak leaves of an evaluation, for the screen; accuracies in percent."""
+    told = f"{metrics.leaked_samples} of {metrics.expected_samples} leaked"
+    if metrics.clean is None:
+        return f"{told}, no clean part"
+    clean = metrics.clean
+    return (
+        f"{told}, clean part of {clean.num_samples}: loss {clean.loss:.4f} top-1 {100 * clean.top1:.2f} % "
+        f"top-5 {100 * clean.top5:.2f} %"
+    )

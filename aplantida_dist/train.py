@@ -35,7 +35,13 @@ def main() -> None:
     world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
     if arguments.debug:
         torch.autograd.set_detect_anomaly(True)
-    request = Request(arguments.run_dir, arguments.resume, arguments.max_samples, extra_checks=arguments.debug)
+    request = Request(
+        run_dir=arguments.run_dir,
+        resume=arguments.resume,
+        max_samples=arguments.max_samples,
+        extra_checks=arguments.debug,
+        allow_leak=arguments.allow_leak,
+    )
     training = compose_across_ranks(config, world=world, request=request)
     if world.is_main:
         _announce(training, arguments.run_dir)
@@ -73,6 +79,11 @@ def _parse_arguments() -> argparse.Namespace:
         help="small, fast, one process, anomaly detection, extra checks; the same code path",
     )
     parser.add_argument("--max-samples", type=count, metavar="N", help="read only the first N samples of each split")
+    parser.add_argument(
+        "--allow-leak",
+        action="store_true",
+        help="go on although the weights were trained on photographs of val: the history shows val whole and its clean part; to be said again on resume",
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.run_dir is None:
         arguments.run_dir = Path("runs") / (arguments.config.stem + ("_debug" if arguments.debug else ""))
@@ -94,7 +105,7 @@ def _load(arguments: argparse.Namespace) -> Config:
 
 
 def _announce(training: Training, run_dir: Path) -> None:
-    """Say in three lines what is about to run, and which rank will have nothing to do."""
+    """Say what is about to run, where its weights come from, and which rank will have nothing to do."""
     job = training.job
     plan, world = job.plan, job.world
     num_parameters = sum(parameter.numel() for parameter in job.model.parameters())
@@ -110,6 +121,8 @@ def _announce(training: Training, run_dir: Path) -> None:
         ),
         flush=True,
     )
+    for line in training.origin_lines:
+        print(line, flush=True)
     idle = [rank for rank in range(world.world_size) if plan.slots_of(rank, world.world_size)[0] >= plan.slots_per_step]
     if idle:
         print(

@@ -16,8 +16,9 @@ from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
 from aplantida_dist.errors import UserError
-from aplantida_dist.evaluation import as_split_metrics, evaluate_across_ranks
-from aplantida_dist.history import make_row
+from aplantida_dist.evaluation import as_evaluation_metrics, as_split_metrics, evaluate_across_ranks
+from aplantida_dist.history import EvaluationMetrics, make_row
+from aplantida_dist.lineage import Identities
 from aplantida_dist.loss import cross_entropy
 from aplantida_dist.metrics import Totals, compute, require_coverage, void_samples
 from aplantida_dist.model import set_learning_rate
@@ -43,6 +44,7 @@ class Job:
     schedule: Schedule
     train_split: Split
     val_split: Split | None
+    leaked: Identities
     train_transform: TrainTransform
     evaluation_transform: EvaluationTransform
     reading: Reading
@@ -190,7 +192,7 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
     _save(job, running, done)
 
 
-def _evaluate(job: Job, *, epoch: int, done: int) -> dict[str, Any] | None:
+def _evaluate(job: Job, *, epoch: int, done: int) -> EvaluationMetrics | None:
     """Collective. The val block of this epoch's row, where one is due."""
     if job.val_split is None or epoch % job.evaluate_every_epochs:
         return None
@@ -198,7 +200,7 @@ def _evaluate(job: Job, *, epoch: int, done: int) -> dict[str, Any] | None:
     bare_model = job.world.unwrap(job.model)
     # DDP would broadcast buffers at the first forward, where a rank without a batch hangs; the bare model never does.
     job.world.share_buffers_across_ranks(bare_model)
-    metrics = evaluate_across_ranks(
+    evaluation = evaluate_across_ranks(
         bare_model,
         world=job.world,
         split=job.val_split,
@@ -207,8 +209,9 @@ def _evaluate(job: Job, *, epoch: int, done: int) -> dict[str, Any] | None:
         normalize=job.normalize,
         micro_batch_size=job.evaluation_micro_batch_size,
         reading=job.reading,
+        leaked=job.leaked,
     )
-    return as_split_metrics(metrics, expected_samples=job.val_split.num_samples)
+    return as_evaluation_metrics(evaluation, expected_samples=job.val_split.num_samples)
 
 
 def _save(job: Job, running: Running, done: int) -> None:

@@ -112,6 +112,19 @@ class World:
             raise self.told_by_main(WorldError(faults[first] if is_common else f"rank {first}: {faults[first]}"))
         return cast(Value, value)
 
+    def learn_from_main_across_ranks(self, act: Callable[[], Value]) -> Value:
+        """Collective. Do something on the main process alone: every rank gets its value, or raises the UserError that it met."""
+        value, fault = None, None
+        if self.is_main:
+            try:
+                value = act()
+            except UserError as error:
+                fault = error
+        value, fault = self.gather_across_ranks((value, fault))[0]
+        if fault is not None:
+            raise self.told_by_main(fault)
+        return cast(Value, value)
+
     def told_by_main(self, error: UserError) -> UserError:
         """Mark an error that every rank raises at once, so that it is printed once."""
         error.is_told_elsewhere = not self.is_main

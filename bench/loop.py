@@ -153,6 +153,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         schedule=Schedule("constant", LEARNING_RATE, LEARNING_RATE, 0, 10**6),
         train_split=Split(Path("resident"), nothing),
         val_split=None,
+        leaked=np.zeros(0, dtype=np.int64),
         train_transform=TrainTransform(load.image_size, (1.0, 1.0), (1.0, 1.0), 0.0, "bilinear"),
         evaluation_transform=EvaluationTransform(load.image_size, 1.0, "bilinear"),
         reading=Reading(0, 1, pin_memory=False),

@@ -70,7 +70,7 @@ def compose(config_path: Path, run_dir: Path, overrides: Sequence[str] = ()) -> 
     """Put a training together on this rank, as the command does."""
     config = load_config(config_path, list(overrides))
     world = open_world(precision=config.train.precision, timeout_s=60)
-    request = Request(run_dir, resume="auto", max_samples=None, extra_checks=False)
+    request = Request(run_dir, resume="auto", max_samples=None, extra_checks=False, allow_leak=False)
     return compose_across_ranks(config, world=world, request=request)
 
 

@@ -46,6 +46,7 @@ def evaluate(
         checkpoint,
         "--json",
         folder / "metrics.json",
+        "--allow-leak",  # the train split is evaluated, too
     ]
     arguments += ["--predictions", folder / "predictions.jsonl", f"data.num_workers={num_workers}"]
     finished = command_on_ranks(world_size, "aplantida_dist.evaluate", arguments, folder)

@@ -51,6 +51,24 @@ def coverage(curves: Curves) -> Verdict | None:
     )
 
 
+def leak(curves: Curves) -> Verdict | None:
+    """Validation photographs that the weights had been trained on."""
+    counts = finite(curves.leaked)
+    if not counts:
+        return None
+    last = max(counts)
+    whole, clean = curves.val.top1[last], finite(curves.clean.top1).get(last)
+    told = f"{percent_text(clean)} on the others" if clean is not None else "and there are no others"
+    return Verdict(
+        "warning",
+        "validation leaks",
+        f"{count_text(int(counts[last]), 'val photograph')} had been trained on, by this run or the weights that it began with; val top-1 "
+        f"in epoch {curves.epochs[last]} is {percent_text(whole)} on all of them, {told}.",
+        "What was learnt by heart is no forecast of unseen plants. The best epoch and every comparison here go by the clean part.",
+        "Build the dataset so that it keeps the splits of the one before it (`shards/build.py --from-dataset`, or --keep-splits), and train again.",
+    )
+
+
 def void_samples(curves: Curves) -> Verdict | None:
     """Samples that were read and could not be counted."""
     voided = [

@@ -29,7 +29,8 @@ class SplitCurves:
 class Curves:
     """One run as its history tells it: every series is as long as `epochs`.
 
-    `rows` is our own record and empty for the files of other trainers. `column_lengths` is what a columns file held
+    `clean` are the val curves over the samples that were not trained on, and `leaked` counts the others; both are empty where
+    nothing has leaked. `rows` is our own record and empty for the files of other trainers. `column_lengths` is what a columns file held
     before it was filled up with None. `unreadable` names the values that were no numbers.
     """
 
@@ -47,6 +48,18 @@ class Curves:
     unreadable: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
     config_text: str = ""
+    clean: SplitCurves = SplitCurves((), (), ())
+    leaked: Series = ()
+
+    @property
+    def judged(self) -> SplitCurves:
+        """The validation curves that a run is judged by: those of the clean part, where val holds photographs that were trained on."""
+        return self.clean if finite(self.leaked) else self.val
+
+    @property
+    def judged_name(self) -> str:
+        """What to call them."""
+        return "clean val" if finite(self.leaked) else "val"
 
     def split(self, split: Split) -> SplitCurves:
         """The curves of a split by its name."""
@@ -68,11 +81,16 @@ class Curves:
 
 @dataclass(frozen=True)
 class Best:
-    """The best epoch: `index` into the series, the metric that chose it and its value."""
+    """The best epoch: `index` into the series, the metric that chose it ("val top-1", "clean val loss", …) and its value."""
 
     index: int
-    metric: Literal["val top-1", "val loss"]
+    metric: str
     value: float
+
+    @property
+    def is_top1(self) -> bool:
+        """Whether the value is a top-1; otherwise it is a loss."""
+        return self.metric.endswith("top-1")
 
 
 def metrics_of(split: SplitCurves) -> dict[str, Series]:
@@ -112,17 +130,17 @@ def measured_top1(split: SplitCurves) -> dict[int, float]:
 
 
 def best_epoch(curves: Curves) -> Best | None:
-    """The epoch of the highest val top-1, else of the lowest val loss; the earliest of equals.
+    """The epoch of the highest judged top-1, else of the lowest val loss; the earliest of equals.
 
     None where neither was measured, or neither moved over several epochs: then no epoch is better than another.
     """
-    top1, losses = measured_top1(curves.val), measured_losses(curves.val)
+    top1, losses = measured_top1(curves.judged), measured_losses(curves.judged)
     if top1 and (len(top1) == 1 or len(set(top1.values())) > 1):
         index = max(top1, key=lambda i: top1[i])
-        return Best(index, "val top-1", top1[index])
+        return Best(index, f"{curves.judged_name} top-1", top1[index])
     if losses and (len(losses) == 1 or len(set(losses.values())) > 1):
         index = min(losses, key=lambda i: losses[i])
-        return Best(index, "val loss", losses[index])
+        return Best(index, f"{curves.judged_name} loss", losses[index])
     return None
 
 

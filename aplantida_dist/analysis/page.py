@@ -68,9 +68,9 @@ def _tiles(curves: Curves) -> str:
     if best is not None:
         at = f"epoch {curves.epochs[best.index]}, the best"
         numbers += [
-            ("val top-1", percent_text(curves.val.top1[best.index]), at),
-            ("val top-5", percent_text(curves.val.top5[best.index]), at),
-            ("val loss", loss_text(curves.val.loss[best.index]), at),
+            (f"{curves.judged_name} top-1", percent_text(curves.judged.top1[best.index]), at),
+            (f"{curves.judged_name} top-5", percent_text(curves.judged.top5[best.index]), at),
+            (f"{curves.judged_name} loss", loss_text(curves.judged.loss[best.index]), at),
         ]
     numbers += [
         ("train top-1", percent_text(curves.train.top1[last]), f"epoch {curves.epochs[last]}, the last"),

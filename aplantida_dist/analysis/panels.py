@@ -77,9 +77,9 @@ class Panel:
 def panels_of(runs: Sequence[Curves]) -> tuple[Panel, ...]:
     """The panels that these runs have data for: loss, top-1, top-5, learning rate, throughput, wait fraction."""
     candidates = (
-        _split_panel("loss", "Loss", runs, lambda c: (c.train.loss, c.val.loss), percent=False),
-        _split_panel("top1", "Top-1 accuracy", runs, lambda c: (c.train.top1, c.val.top1), percent=True),
-        _split_panel("top5", "Top-5 accuracy", runs, lambda c: (c.train.top5, c.val.top5), percent=True),
+        _split_panel("loss", "Loss", runs, lambda c: (c.train.loss, c.val.loss, c.clean.loss), percent=False),
+        _split_panel("top1", "Top-1 accuracy", runs, lambda c: (c.train.top1, c.val.top1, c.clean.top1), percent=True),
+        _split_panel("top5", "Top-5 accuracy", runs, lambda c: (c.train.top5, c.val.top5, c.clean.top5), percent=True),
         _run_panel("learning_rate", "Learning rate", runs, lambda c: c.learning_rate, floor="zero"),
         _run_panel("throughput", "Images per second", runs, lambda c: c.images_per_s, floor="zero"),
         _run_panel("wait_fraction", "Time spent waiting for data", runs, lambda c: c.wait_fraction, floor="whole"),
@@ -88,19 +88,27 @@ def panels_of(runs: Sequence[Curves]) -> tuple[Panel, ...]:
 
 
 def _split_panel(
-    name: str, title: str, runs: Sequence[Curves], pair: Callable[[Curves], tuple[Series, Series]], *, percent: bool
+    name: str,
+    title: str,
+    runs: Sequence[Curves],
+    of: Callable[[Curves], tuple[Series, Series, Series]],
+    *,
+    percent: bool,
 ) -> Panel:
-    """train and val in two hues for one run; for several a hue a run, with train faint behind val."""
+    """train, val and its clean part in a hue each for one run; for several a hue a run, with train faint behind what they are judged by."""
     several = len(runs) > 1
     lines: list[Line] = []
     marks: list[Mark] = []
     for i, curves in enumerate(runs):
-        (train, val), hue = pair(curves), _hue(i)
-        has_val = bool(finite(val))
+        (train, val, clean), hue = of(curves), _hue(i)
+        judged = clean if curves.judged is curves.clean else val
+        has_val = bool(finite(judged))
         train_label = "train" if not several else "" if has_val else curves.name
         lines.append(Line(train_label, curves.epochs, train, hue if several else 0, faint=several))
-        lines.append(Line(curves.name if several else "val", curves.epochs, val, hue))
-        marks.extend(_best_mark(curves, val, hue=hue, percent=percent))
+        lines.append(Line(curves.name if several else "val", curves.epochs, judged if several else val, hue))
+        if not several:
+            lines.append(Line("clean val", curves.epochs, clean, _hue(1)))
+        marks.extend(_best_mark(curves, judged, hue=hue if several or judged is val else _hue(1), percent=percent))
     return Panel(
         name,
         title,

@@ -22,13 +22,17 @@ COLUMN_NAMES: Mapping[str, tuple[str, ...]] = {
     "val_loss": ("val_loss",),
     "val_top1": ("val_top1_acc", "val_acc"),
     "val_top5": ("val_top5_acc",),
+    "clean_loss": ("val_clean_loss",),
+    "clean_top1": ("val_clean_top1_acc",),
+    "clean_top5": ("val_clean_top5_acc",),
+    "leaked": ("val_leaked_samples",),
     "learning_rate": ("learning_rate", "lr"),
     "images_per_s": ("images_per_s",),
     "wait_fraction": ("wait_fraction",),
 }
 """What each series is called in training_history.json; the first name that a file holds is read."""
 
-_PERCENT = ("train_top1", "train_top5", "val_top1", "val_top5")
+_PERCENT = ("train_top1", "train_top5", "val_top1", "val_top5", "clean_top1", "clean_top5")
 _REMEDY = f"give a run folder with {HISTORY_FILE}, or a {COLUMNS_FILE}"
 
 
@@ -102,6 +106,8 @@ def _read_run(record: Path, *, name: str, num_classes: int | None) -> Curves:
         num_classes_from=_classes_from(known, num_classes),
         rows=tuple(rows),
         config_text=config_path.read_text(errors="replace") if config_path.is_file() else "",
+        clean=_split_of([row.val and row.val.clean for row in rows]),
+        leaked=tuple(row.val.leaked_samples if row.val else None for row in rows),
     )
 
 
@@ -158,6 +164,8 @@ def _read_file(record: Path, *, name: str, num_classes: int | None) -> Curves:
         num_classes_from=_classes_from(None, num_classes),
         column_lengths=lengths,
         unreadable=tuple(unreadable),
+        clean=SplitCurves(values["clean_loss"], values["clean_top1"], values["clean_top5"]),
+        leaked=values["leaked"],
     )
 
 

@@ -29,6 +29,8 @@ def epoch_table(curves: Curves) -> Table:
         ("val loss", curves.val.loss, loss_text),
         ("val top-1", curves.val.top1, percent_text),
         ("val top-5", curves.val.top5, percent_text),
+        ("clean val loss", curves.clean.loss, loss_text),
+        ("clean val top-1", curves.clean.top1, percent_text),
         ("images/s", curves.images_per_s, speed_text),
         ("wait", curves.wait_fraction, percent_text),
     )
@@ -44,7 +46,7 @@ def epoch_table(curves: Curves) -> Table:
 
 
 def run_table(runs: Sequence[Curves], *, gravest: Sequence[str]) -> Table:
-    """One row a run at its best epoch, for comparison; `gravest` names the gravest verdict of each run."""
+    """One row a run at its best epoch, for comparison by the judged curves; `gravest` names the gravest verdict of each run."""
     return Table(
         heads=(
             "run",
@@ -72,12 +74,12 @@ def best_line(curves: Curves) -> str:
             if any(finite(s) for s in _val(curves))
             else "best epoch: none, no validation"
         )
-    value = percent_text(best.value) if best.metric == "val top-1" else loss_text(best.value)
+    value = percent_text(best.value) if best.is_top1 else loss_text(best.value)
     others = [
         f"{name} {text}"
         for name, text in (
-            ("val top-5", percent_text(curves.val.top5[best.index])),
-            ("val loss", loss_text(curves.val.loss[best.index])),
+            (f"{curves.judged_name} top-5", percent_text(curves.judged.top5[best.index])),
+            (f"{curves.judged_name} loss", loss_text(curves.judged.loss[best.index])),
         )
         if name != best.metric and text != ABSENT
     ]
@@ -113,9 +115,9 @@ def _run_cells(curves: Curves) -> tuple[str, ...]:
     return (
         str(len(curves.epochs)),
         ABSENT if at is None else str(curves.epochs[at]),
-        percent_text(None if at is None else curves.val.top1[at]),
-        percent_text(None if at is None else curves.val.top5[at]),
-        loss_text(None if at is None else curves.val.loss[at]),
+        percent_text(None if at is None else curves.judged.top1[at]),
+        percent_text(None if at is None else curves.judged.top5[at]),
+        loss_text(None if at is None else curves.judged.loss[at]),
         loss_text(losses[max(losses)] if losses else None),
         speed_text(median(speeds) if speeds else None),
         percent_text(median(waits) if waits else None),
@@ -124,11 +126,9 @@ def _run_cells(curves: Curves) -> tuple[str, ...]:
 
 def _best_run(runs: Sequence[Curves]) -> int | None:
     """The run with the highest val top-1; None where fewer than two hold one."""
-    values = {
-        i: best.value for i, curves in enumerate(runs) if (best := best_epoch(curves)) and best.metric == "val top-1"
-    }
+    values = {i: best.value for i, curves in enumerate(runs) if (best := best_epoch(curves)) and best.is_top1}
     return max(values, key=lambda i: values[i]) if len(values) > 1 else None
 
 
 def _val(curves: Curves) -> tuple[Series, ...]:
-    return curves.val.loss, curves.val.top1
+    return curves.judged.loss, curves.judged.top1

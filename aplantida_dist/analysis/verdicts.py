@@ -18,6 +18,7 @@ _QUESTIONS: tuple[Callable[[Curves], Verdict | None], ...] = (
     faults.no_val_batches,
     faults.top1_above_top5,
     faults.impossible_accuracy,
+    accounts.leak,
     accounts.coverage,
     learning.diverged,
     learning.loss_above_chance,
@@ -72,7 +73,7 @@ def _healthy(curves: Curves) -> Verdict:
     if len(losses) > 1:
         told.append(f"train loss fell from {loss_text(losses[min(losses)])} to {loss_text(losses[max(losses)])}")
     if best is not None:
-        value = percent_text(best.value) if best.metric == "val top-1" else loss_text(best.value)
+        value = percent_text(best.value) if best.is_top1 else loss_text(best.value)
         told.append(f"{best.metric} reached {value} in epoch {curves.epochs[best.index]}")
     open_questions = []
     if len(curves.epochs) < learning.MIN_EPOCHS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
-from aplantida_dist.data.index import ShardError, keys_of_index, read_index, read_key
+from aplantida_dist.data.index import REMEDY, ShardError, keys_of_index, read_index, read_key
 from aplantida_dist.data.manifest import (
     MANIFEST_FILE,
     SPLITS,
@@ -23,6 +24,9 @@ from aplantida_dist.data.manifest import (
     load_manifest,
 )
 from aplantida_dist.data.plan import IntArray
+
+KEY_READERS = 8
+"""Threads that read keys: on a cold disk a read waits for it, ten times as long as the key takes to parse."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,23 @@ class Split:
     @cached_property
     def identity_digest(self) -> str:
         """What an epoch's sum of identities must be: the manifest's, or for a limited split that of the keys in its headers."""
-        if not self.is_limited:
-            return self.manifest.identity_digest
-        return identity_digest(
-            sum(identity_of(key) for index in range(len(self.shard_sizes)) for key in self.sample_keys(index))
-        )
+        return _digest_of(self.identities) if self.is_limited else self.manifest.identity_digest
+
+    @cached_property
+    def identities(self) -> IntArray:
+        """int64 [num_samples], who the samples are, in the stored order, from the keys in the tar headers: 30 µs a sample.
+
+        Raises ShardError where they are not those of the manifest.
+        """
+        with ThreadPoolExecutor(KEY_READERS) as readers:
+            keys = readers.map(self.sample_keys, range(len(self.shard_sizes)))
+            identities = np.array([identity_of(key) for shard in keys for key in shard], dtype=np.int64)
+        if not self.is_limited and _digest_of(identities) != self.manifest.identity_digest:
+            raise ShardError(
+                f"{self.split_dir}: the samples have the identity digest {_digest_of(identities)}, the manifest says "
+                f"{self.manifest.identity_digest}; {REMEDY}"
+            )
+        return identities
 
     def shard_path(self, shard_index: int) -> Path:
         """The local path of this shard's tar. The one seam through which a remote dataset will come, by way of a cache."""
@@ -153,6 +169,11 @@ class Split:
             return [read_key(descriptor, entry, shard_path=path) for entry in index]
         finally:
             os.close(descriptor)
+
+
+def _digest_of(identities: IntArray) -> str:
+    """The digest of their sum; int64 wraps, which is the sum modulo 2^64 that is meant."""
+    return identity_digest(int(identities.sum()))
 
 
 def open_dataset(dataset_dir: Path) -> Dataset:
