@@ -15,12 +15,14 @@ from bench.build import bench_build
 from bench.finding import Finding
 from bench.loader import bench_loader
 from bench.loop import bench_loop
+from bench.memory import bench_memory
 from bench.pictures import Pictures, prepare_pictures
 from bench.plan import bench_plan
 from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
 PARTS = ("loader", "loop", "totals", "plan", "build")
+SLOW_PARTS = ("memory",)
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
 EXAMPLE = """\
@@ -52,6 +54,8 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
         case "loop":
             os.environ["ACCELERATE_USE_CPU"] = "true"  # it would take a GPU where there is one
             return bench_loop(world=open_world(precision="fp32", timeout_s=60), repeats=options.repeats)
+        case "memory":
+            return bench_memory(CACHE_DIR, num_records=options.records)
         case "totals":
             return bench_totals(repeats=options.repeats)
         case _:
@@ -71,12 +75,21 @@ def _parser() -> CommandParser:
         example=EXAMPLE,
     )
     parser.add_argument(
-        "--only", action="append", choices=PARTS, help="run this part; give it again for another (default: all)"
+        "--only",
+        action="append",
+        choices=PARTS + SLOW_PARTS,
+        help="run this part; give it again for another (default: all but memory)",
     )
     parser.add_argument(
         "--repeats", type=count, default=5, help="how often each is measured, or a multiple of it (default %(default)s)"
     )
     parser.add_argument("--pictures", type=count, default=1536, help="how many pictures are read (default %(default)s)")
+    parser.add_argument(
+        "--records",
+        type=count,
+        default=100_000,
+        help="how many records memory builds, 2 at least (default %(default)s)",
+    )
     return parser
 
 
