@@ -12,16 +12,19 @@ import torch
 from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.world import open_world
 from bench.audit import bench_audit
+from bench.build import bench_build
 from bench.finding import Finding
 from bench.index import bench_index
 from bench.loader import bench_loader
 from bench.loop import bench_loop
+from bench.memory import bench_memory
 from bench.pictures import Pictures, prepare_pictures
 from bench.plan import bench_plan
 from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
-PARTS = ("loader", "loop", "totals", "plan", "index", "audit")
+PARTS = ("loader", "loop", "totals", "plan", "index", "audit", "build")
+SLOW_PARTS = ("memory",)
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
 EXAMPLE = """\
@@ -31,7 +34,9 @@ example:
 One thread a process, all on the CPU. CPU time is user + system of this process and its workers; a ratio is ours / the
 peer's, the median over the repeats. Every loader delivers the same pictures as normalised float32 batches of 64 at
 224 px with the same crop, flip and number of workers, from the page cache; ours ships uint8 and normalises in the main
-process, the peers in their workers. The index is of their shards, as if they were tars of others. The first run draws the pictures (about a minute) and keeps them in bench/.cache.
+process, the peers in their workers. The index is of their shards, as if they were tars of others. Building is without its audit, from files in the page cache, in wall time: ours
+digests, indexes and syncs what it writes; the peers do none of it, and are measured with a sync and `tar` also without.
+The first run draws the pictures (about a minute) and keeps them in bench/.cache.
 """
 
 
@@ -51,9 +56,13 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
             return bench_index(_pictures(options), repeats=options.repeats)
         case "audit":
             return bench_audit(_pictures(options).folder, repeats=options.repeats)
+        case "build":
+            return bench_build(_pictures(options).folder, cache_dir=CACHE_DIR, repeats=options.repeats)
         case "loop":
             os.environ["ACCELERATE_USE_CPU"] = "true"  # it would take a GPU where there is one
             return bench_loop(world=open_world(precision="fp32", timeout_s=60), repeats=options.repeats)
+        case "memory":
+            return bench_memory(CACHE_DIR, num_records=options.records)
         case "totals":
             return bench_totals(repeats=options.repeats)
         case _:
@@ -73,16 +82,20 @@ def _parser() -> CommandParser:
         example=EXAMPLE,
     )
     parser.add_argument(
-        "--only", action="append", choices=PARTS, help="run this part; give it again for another (default: all)"
+        "--only",
+        action="append",
+        choices=PARTS + SLOW_PARTS,
+        help="run this part; give it again for another (default: all but memory)",
     )
     parser.add_argument(
         "--repeats", type=count, default=5, help="how often each is measured, or a multiple of it (default %(default)s)"
     )
+    parser.add_argument("--pictures", type=count, default=1536, help="how many pictures are read (default %(default)s)")
     parser.add_argument(
-        "--pictures",
+        "--records",
         type=count,
-        default=1536,
-        help="how many pictures are loaded, audited and indexed (default %(default)s)",
+        default=100_000,
+        help="how many records memory builds, 2 at least (default %(default)s)",
     )
     return parser
 

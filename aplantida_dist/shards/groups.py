@@ -40,13 +40,15 @@ class Group:
 def find_groups(candidates: Sequence[Candidate], *, distance: int) -> tuple[Group, ...]:
     """Group the candidates whose looks differ in at most `distance` bits, directly or through others; ordered by name."""
     looks = np.array([candidate.picture.look for candidate in candidates], dtype=np.uint64)
+    numbers = number_groups(looks, distance=distance)
+    # Most photographs are alone: a list for each of a million takes 100 MB.
+    is_alone = np.bincount(numbers, minlength=len(numbers))[numbers] == 1
     members_of_number: defaultdict[int, list[Candidate]] = defaultdict(list)
-    for candidate, number in zip(candidates, number_groups(looks, distance=distance).tolist(), strict=True):
-        members_of_number[number].append(candidate)
+    for position in np.flatnonzero(~is_alone).tolist():
+        members_of_number[int(numbers[position])].append(candidates[position])
     groups = (
         Group(tuple(sorted(members, key=lambda member: member.picture.sample_key)))
         for members in members_of_number.values()
-        if len(members) > 1
     )
     return tuple(sorted(groups, key=lambda group: group.name))
 
@@ -121,15 +123,28 @@ def split_by_group(
     A group whose members have a kept split follows them; no group has two of them (see `leave_out_leaks`). Another group that
     stands under several classes trains: who learns a label that may be wrong loses less than who is measured on it.
     """
-    unit_of_key = {candidate.picture.sample_key: candidate.picture.sample_key for candidate in candidates}
-    kept_units = {key: kept[key] for key in unit_of_key if key in kept}
+    keys = {candidate.picture.sample_key for candidate in candidates}
+    unit_of_key: dict[str, str] = {}  # of those in groups; every other photograph is its own unit
+    kept_units = {key: kept[key] for key in keys if key in kept}
     for group in groups:
-        members = [member for member in group.members if member.picture.sample_key in unit_of_key]
+        members = [member for member in group.members if member.picture.sample_key in keys]
         unit_of_key.update((member.picture.sample_key, group.name) for member in members)
         given = {given_split(member, kept=kept) for member in members} - {None}
         if len(group.class_names) > 1 and not given:
             given = {"train"}
         kept_units.update((group.name, split) for split in given if split is not None)
-    units = dict.fromkeys((unit_of_key[each.picture.sample_key], each.record.class_name) for each in candidates)
-    chosen = split_by_class(units, seed=seed, kept=kept_units)
-    return {key: chosen[unit] for key, unit in unit_of_key.items()}
+    chosen = split_by_class(_units_of(candidates, unit_of_key), seed=seed, kept=kept_units)
+    chosen.update({key: chosen[unit] for key, unit in unit_of_key.items()})
+    return chosen
+
+
+def _units_of(candidates: Sequence[Candidate], unit_of_key: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What counts as one photograph, with the class: each that is alone, and each group once in each of its classes."""
+    told: set[tuple[str, str]] = set()
+    for candidate in candidates:
+        key, class_name = candidate.picture.sample_key, candidate.record.class_name
+        if key not in unit_of_key:
+            yield key, class_name
+        elif (unit := (unit_of_key[key], class_name)) not in told:
+            told.add(unit)
+            yield unit

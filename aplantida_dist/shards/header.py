@@ -32,6 +32,12 @@ def ustar_header(name: str, num_bytes: int) -> bytes:
     if not name.isascii() or not 0 < len(name) <= NAME_BYTES or name.endswith("/") or num_bytes >= 8**SIZE_DIGITS:
         return _plain_header(name, num_bytes)
     name_field, size_field = name.encode(), b"%011o" % num_bytes
-    checksum = b"%06o\0 " % (_SUM_OF_REST + sum(name_field) + sum(size_field))
-    padding = bytes(NAME_BYTES - len(name_field))
-    return b"".join((name_field, padding, _BEFORE_SIZE, size_field, _BEFORE_CHECKSUM, checksum, _AFTER_CHECKSUM))
+    checksum = _SUM_OF_REST + sum(name_field) + sum(size_field)
+    return b"%b%b%b%b%06o\0 %b" % (
+        name_field.ljust(NAME_BYTES, b"\0"),
+        _BEFORE_SIZE,
+        size_field,
+        _BEFORE_CHECKSUM,
+        checksum,
+        _AFTER_CHECKSUM,
+    )
