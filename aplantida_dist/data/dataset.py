@@ -26,7 +26,7 @@ from aplantida_dist.data.manifest import (
 from aplantida_dist.data.plan import IntArray
 
 KEY_READERS = 8
-"""Threads that read keys: on a cold disk a read waits for it, ten times as long as the key takes to parse."""
+"""Threads that read keys: from a cold disk one takes 200 µs a key, of which 80 are work (30 once the shards are cached)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Split:
 
     @cached_property
     def identities(self) -> IntArray:
-        """int64 [num_samples], who the samples are, in the stored order, from the keys in the tar headers: 30 µs a sample.
+        """int64 [num_samples], who the samples are, in the stored order, from the keys in the tar headers.
 
         Raises ShardError where they are not those of the manifest.
         """
