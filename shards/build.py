@@ -12,6 +12,7 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.shards.account import to_text
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.download.downloader import download
+from aplantida_dist.shards.download.failure import Failure
 from aplantida_dist.shards.download.haul import to_text as haul_to_text
 from aplantida_dist.shards.download.manners import Manners
 from aplantida_dist.shards.folder import read_folder
@@ -22,6 +23,7 @@ from aplantida_dist.shards.placement import require_free_place
 from aplantida_dist.shards.source import Source
 from aplantida_dist.shards.writer import ShardLimits
 
+UNLICENSED = Failure("refused", "not asked for under its licence")
 EXAMPLE = """\
 example:
   python shards/build.py --from-folder my_pictures --out shards/mine
@@ -76,10 +78,10 @@ def _read_source(options: argparse.Namespace, requirement: Requirement) -> Sourc
     return read_jsonl(options.from_jsonl, options.image_dir, not_downloaded=_download(options, requirement))
 
 
-def _download(options: argparse.Namespace, requirement: Requirement) -> dict[str, str]:
+def _download(options: argparse.Namespace, requirement: Requirement) -> dict[str, Failure]:
     """Fetch what is not there; returns each URL that did not come, and why."""
     shortfall = read_shortfall(options.from_jsonl, options.image_dir, requirement=requirement)
-    unlicensed = dict.fromkeys(shortfall.unlicensed, "its licence was not asked for, so it was not fetched")
+    unlicensed = dict.fromkeys(shortfall.unlicensed, UNLICENSED)
     print(f"pictures of {shortfall.num_there:,} records are there already", flush=True)
     if unlicensed:
         print(
@@ -89,7 +91,7 @@ def _download(options: argparse.Namespace, requirement: Requirement) -> dict[str
     manners = Manners() if options.per_host is None else Manners(per_host=options.per_host)
     haul = download(shortfall.urls, options.image_dir, manners=manners)
     print(haul_to_text(haul), flush=True)
-    return unlicensed | {url: str(failure) for url, failure in haul.failures.items()}
+    return unlicensed | haul.failures
 
 
 def _parser() -> CommandParser:
