@@ -14,6 +14,7 @@ from aplantida_dist.shards.account import Account
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.class_names import read_class_names
 from aplantida_dist.shards.download.downloader import download
+from aplantida_dist.shards.download.failure import Failure
 from aplantida_dist.shards.download.haul import to_text as haul_to_text
 from aplantida_dist.shards.download.manners import Manners
 from aplantida_dist.shards.folder import read_folder
@@ -29,6 +30,8 @@ from aplantida_dist.shards.subset import SubsetOptions, build_subset
 from aplantida_dist.shards.tars import read_tars
 from aplantida_dist.shards.where import parse_condition
 from aplantida_dist.shards.writer import ShardLimits
+
+UNLICENSED = Failure("refused", "not asked for under its licence")
 
 
 def main() -> None:
@@ -119,10 +122,10 @@ def _read_sources(options: argparse.Namespace, requirement: Requirement) -> list
 
 def _download(
     records_path: Path, image_dir: Path, options: argparse.Namespace, requirement: Requirement
-) -> dict[str, str]:
+) -> dict[str, Failure]:
     """Fetch what is not there; returns each URL that did not come, and why."""
     shortfall = read_shortfall(records_path, image_dir, requirement=requirement)
-    unlicensed = dict.fromkeys(shortfall.unlicensed, "its licence was not asked for, so it was not fetched")
+    unlicensed = dict.fromkeys(shortfall.unlicensed, UNLICENSED)
     print(f"pictures of {shortfall.num_there:,} records are there already", flush=True)
     if unlicensed:
         print(
@@ -132,7 +135,7 @@ def _download(
     manners = Manners() if options.per_host is None else Manners(per_host=options.per_host)
     haul = download(shortfall.urls, image_dir, manners=manners)
     print(haul_to_text(haul), flush=True)
-    return unlicensed | {url: str(failure) for url, failure in haul.failures.items()}
+    return unlicensed | haul.failures
 
 
 def _one_each(given: Sequence[Path], count: int, option: str, *, of: str) -> Sequence[Path]:

@@ -14,6 +14,7 @@ from aplantida_dist.data.manifest import SPLITS
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
 from aplantida_dist.shards.class_names import class_name_of
+from aplantida_dist.shards.download.failure import Failure
 from aplantida_dist.shards.licence import UNKNOWN, Licence, Requirement, licence_of
 from aplantida_dist.shards.lines import Line, LineError, read_lines
 from aplantida_dist.shards.place import Place
@@ -23,7 +24,7 @@ from aplantida_dist.shards.source import SPLIT_OF_WORD, Source, text_of_name
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """What the picture of a URL may end in, in the order in which they are tried; what it holds is read from its bytes."""
 
-ALL_DOWNLOADED: Mapping[str, str] = MappingProxyType({})
+ALL_DOWNLOADED: Mapping[str, Failure] = MappingProxyType({})
 
 
 class RecordsError(UserError):
@@ -66,12 +67,14 @@ class Shortfall:
     num_without_url: int
 
 
-def read_jsonl(records_path: Path, image_dir: Path, *, not_downloaded: Mapping[str, str] = ALL_DOWNLOADED) -> Source:
+def read_jsonl(
+    records_path: Path, image_dir: Path, *, not_downloaded: Mapping[str, Failure] = ALL_DOWNLOADED
+) -> Source:
     """List the pictures of a file of records, in its order; each record becomes one of `records` or is left out.
 
     A record is named FILE:LINE, its class is its `latin_name` (runs of white space are one blank). One line is parsed at a
     time, and of each only the canonical JSON stays. A record without its picture is `not_downloaded` where its URL is one of
-    those, with what is said there, else `missing`. Raises LineError for a line that is malformed or whose picture would lie
+    those, for the reason that stands there, else `missing`. Raises LineError for a line that is malformed or whose picture would lie
     outside `image_dir`, RecordsError where only some of the records carry a `split`.
     """
     image_dir = image_dir.absolute()

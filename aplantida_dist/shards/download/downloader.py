@@ -39,7 +39,7 @@ def download(urls: Sequence[str], image_dir: Path, *, manners: Manners) -> Haul:
             num_bytes=shelf.num_bytes,
             num_known=len(known),
             failures=known | run.failures,
-            given_up={host.name: host.given_up for host in run.hosts.values() if host.given_up is not None},
+            given_up=tuple(host.given_up for host in run.hosts.values() if host.given_up is not None),
         )
 
 
@@ -114,7 +114,7 @@ class _Run:
     async def _lane(self, web: Web, host: Host, waiting: Iterator[str]) -> None:
         """Picture after picture, off the one list that the lanes of a host share."""
         for url in waiting:
-            failure = await self._fetch(web, url) if host.given_up is None else _given_up(host)
+            failure = await self._fetch(web, url) if host.given_up is None else host.given_up
             if failure is not None:
                 self.failures[url] = failure
             self._pace.tell(self._shelf.num_pictures + len(self.failures))
@@ -146,7 +146,7 @@ class _Run:
                 return host, NO_ADDRESS
             async with self._turn(host):
                 if host.given_up is not None:
-                    return host, _given_up(host)
+                    return host, host.given_up
                 answer = await web.ask(address)
                 # Kept within the turn, so that no more than `in_all` pictures are ever in memory.
                 if isinstance(answer, Body):
@@ -172,7 +172,3 @@ def _keep_quiet(host: Host, wait_s: float) -> None:
     host.keep_quiet(wait_s)
     if host.given_up is None and wait_s >= LINE_EVERY_S:
         print(f"downloading: {host.name} is left in peace for {wait_s:,.0f} s", file=sys.stderr, flush=True)
-
-
-def _given_up(host: Host) -> Failure:
-    return Failure("refused", "host given up", f"{host.name}: {host.given_up}")

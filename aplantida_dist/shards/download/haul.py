@@ -12,7 +12,7 @@ from aplantida_dist.shards.download.failure import Failure
 class Haul:
     """How a download ended: num_urls = num_fetched + len(failures), each URL once.
 
-    `num_known` of the failures were known from the ledger and not asked for. `given_up` has the hosts that were, and why.
+    `num_known` of the failures were known from the ledger and not asked for. `given_up` has one failure a host that was.
     """
 
     num_urls: int
@@ -20,7 +20,7 @@ class Haul:
     num_bytes: int
     num_known: int
     failures: dict[str, Failure]
-    given_up: dict[str, str]
+    given_up: tuple[Failure, ...]
 
 
 def to_text(haul: Haul) -> str:
@@ -32,7 +32,7 @@ def to_text(haul: Haul) -> str:
     lines += [
         f"{count:>9,}  {reason}" for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     ]
-    lines += [f"host given up for this run: {name}: {reason}" for name, reason in sorted(haul.given_up.items())]
+    lines += [f"host given up for this run: {failure.detail}" for failure in haul.given_up]
     num_lasting = sum(failure.kind == "lasting" for failure in haul.failures.values())
     if haul.num_known:
         lines.append(f"{haul.num_known:,} of them failed for good in an earlier run and were not asked for again")

@@ -14,8 +14,8 @@ class Host:
     def __init__(self, name: str, manners: Manners) -> None:
         self.name = name
         self.slots = asyncio.Semaphore(manners.per_host)
-        self.given_up: str | None = None
-        """Why nothing is asked of it any more; None while it is asked."""
+        self.given_up: Failure | None = None
+        """What becomes of all its pictures from now on; None while it is asked."""
         self._manners = manners
         self._quiet_until_s = 0.0
         self._num_failed_in_a_row = 0
@@ -27,7 +27,7 @@ class Host:
     def keep_quiet(self, wait_s: float) -> None:
         """Ask nothing of it for so long, or give it up where that is beyond all patience."""
         if wait_s > self._manners.longest_quiet_s:
-            self.given_up = (
+            self._give_up(
                 f"it asks for {wait_s:,.0f} s of quiet, at most {self._manners.longest_quiet_s:,.0f} are waited"
             )
         self._quiet_until_s = max(self._quiet_until_s, asyncio.get_running_loop().time() + wait_s)
@@ -39,4 +39,7 @@ class Host:
             return
         self._num_failed_in_a_row += 1
         if self._num_failed_in_a_row >= self._manners.failures_in_a_row and self.given_up is None:
-            self.given_up = f"{self._num_failed_in_a_row} pictures in a row failed, the last with: {failure}"
+            self._give_up(f"{self._num_failed_in_a_row} pictures in a row failed, the last with: {failure}")
+
+    def _give_up(self, why: str) -> None:
+        self.given_up = Failure("refused", "host given up", f"{self.name}: {why}")
