@@ -17,7 +17,7 @@ BLANK_SPREAD = 24
 _REDUCED_SIDE = 64
 _LOW = 8
 _WAVES: NDArray[np.int64] = np.rint(
-    2**16 * np.cos(np.pi / (2 * SMALL_SIDE) * np.outer(np.arange(_LOW), 2 * np.arange(SMALL_SIDE) + 1))
+    2**22 * np.cos(np.pi / (2 * SMALL_SIDE) * np.outer(np.arange(_LOW), 2 * np.arange(SMALL_SIDE) + 1))
 ).astype(np.int64)
 """The lowest cosines of the DCT-II in whole numbers, int64 [8, 32]: their sums are exact, so every machine finds the same looks."""
 
