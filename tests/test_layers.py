@@ -48,7 +48,7 @@ OWNERS = {
     "timm": {"model"},
     "matplotlib": {"analysis.plots"},
     "braceexpand": {"shards.tar_urls"},
-    "imagehash": set(),
+    "imagehash": {"shards.looks"},
     "httpx2": {"shards.download.web"},
     "tqdm": {"progress"},
     "yaml": {"strict_yaml"},

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from PIL import Image
-
 from aplantida_dist.data.decode import DecodeError, open_picture, to_rgb
-from aplantida_dist.shards.looks import is_blank, looks_of, mean_colour, shrink
+from aplantida_dist.shards.looks import is_blank, look_of, mean_colour, shrink
 from aplantida_dist.shards.place import Place
 from aplantida_dist.shards.record import Reason, Record
 from aplantida_dist.shards.workers import map_in_order
@@ -52,14 +50,6 @@ class Candidate:
     picture: Picture
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A picture that passed, and what is left of it at 32 × 32."""
-
-    picture: Picture
-    small: Image.Image
-
-
 def sample_key_of(content: bytes) -> str:
     """The sample key of a picture: the first 24 hex digits of the sha256 of its bytes."""
     return hashlib.sha256(content).hexdigest()[:KEY_DIGITS]
@@ -72,7 +62,7 @@ def audit_places(
 
     A picture whose shorter side is below `min_side` pixels is a fault.
     """
-    audit = partial(_audit_places_together, with_looks=with_looks, min_side=min_side)
+    audit = partial(_audit_together, with_looks=with_looks, min_side=min_side)
     return map_in_order(audit, places, num_workers=num_workers)
 
 
@@ -83,23 +73,16 @@ def keys_of_places(places: Iterable[Place], *, num_workers: int) -> Iterator[str
 
 def audit_picture(content: bytes, *, with_looks: bool, min_side: int = MIN_SIDE) -> Picture | Fault:
     """Audit the bytes of one picture."""
-    return _audit_together([content], with_looks=with_looks, min_side=min_side)[0]
-
-
-def _audit_places_together(places: Sequence[Place], *, with_looks: bool, min_side: int) -> list[Picture | Fault]:
-    return _audit_together(map(_read, places), with_looks=with_looks, min_side=min_side)
-
-
-def _audit_together(contents: Iterable[bytes | Fault], *, with_looks: bool, min_side: int) -> list[Picture | Fault]:
-    """Audit a few pictures, one in memory at a time; their looks are found together, for alone each costs a tenth of the decoding."""
     with warnings.catch_warnings():
         # Pillow warns of odd metadata and of large pictures; what matters here are its errors.
         warnings.simplefilter("ignore")
-        found = [content if isinstance(content, Fault) else _see(content, min_side=min_side) for content in contents]
-    if not with_looks:
-        return [one if isinstance(one, Fault) else one.picture for one in found]
-    looks = iter(looks_of([one.small for one in found if isinstance(one, _Seen)]))
-    return [one if isinstance(one, Fault) else replace(one.picture, look=next(looks)) for one in found]
+        return _see(content, with_looks=with_looks, min_side=min_side)
+
+
+def _audit_together(places: Sequence[Place], *, with_looks: bool, min_side: int) -> list[Picture | Fault]:
+    contents = map(_read, places)
+    audit = partial(audit_picture, with_looks=with_looks, min_side=min_side)
+    return [content if isinstance(content, Fault) else audit(content) for content in contents]
 
 
 def _keys_together(places: Sequence[Place]) -> list[str | None]:
@@ -119,7 +102,7 @@ def _read(place: Place) -> bytes | Fault:
         return Fault("unreadable", error.strerror or type(error).__name__)
 
 
-def _see(content: bytes, *, min_side: int) -> _Seen | Fault:
+def _see(content: bytes, *, with_looks: bool, min_side: int) -> Picture | Fault:
     """Decode a picture exactly as training will, and look at it. What kind it is comes from its bytes, never from its name."""
     try:
         opened = open_picture(content)
@@ -134,7 +117,7 @@ def _see(content: bytes, *, min_side: int) -> _Seen | Fault:
     small = shrink(image)
     if is_blank(image, small):
         return Fault("blank", f"nearly all {mean_colour(image)}")
-    return _Seen(Picture(sample_key_of(content), suffix, len(content)), small)
+    return Picture(sample_key_of(content), suffix, len(content), look_of(small) if with_looks else 0)
 
 
 def _checksums_fit(content: bytes) -> bool:
