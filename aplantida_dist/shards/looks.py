@@ -16,10 +16,10 @@ BLANK_SPREAD = 24
 
 _REDUCED_SIDE = 64
 _LOW = 8
-_WAVES: NDArray[np.int64] = np.rint(
-    2**22 * np.cos(np.pi / (2 * SMALL_SIDE) * np.outer(np.arange(_LOW), 2 * np.arange(SMALL_SIDE) + 1))
-).astype(np.int64)
-"""The lowest cosines of the DCT-II in whole numbers, int64 [8, 32]: their sums are exact, so every machine finds the same looks."""
+_WAVES: NDArray[np.float64] = np.rint(
+    2**17 * np.cos(np.pi / (2 * SMALL_SIDE) * np.outer(np.arange(_LOW), 2 * np.arange(SMALL_SIDE) + 1))
+)
+"""The lowest cosines of the DCT-II in whole numbers [8, 32], so short that all their sums are exact: every machine finds the same looks."""
 
 
 def shrink(image: Image.Image) -> Image.Image:
@@ -39,7 +39,7 @@ def mean_colour(image: Image.Image) -> str:
 
 
 def looks_of(smalls: Sequence[Image.Image]) -> list[int]:
-    """The perceptual hashes of shrunk pictures, many at once: those of imagehash's `phash`, as integers.
+    """The perceptual hashes of shrunk pictures, many at once: those of imagehash's `phash` but for ties, as integers.
 
     They are the signs of the lowest 8 × 8 cosine frequencies against their median (Zauner 2010, Krawetz 2011). One by one the
     library takes 0.1 ms for each, a tenth of the decoding.
@@ -47,7 +47,7 @@ def looks_of(smalls: Sequence[Image.Image]) -> list[int]:
     column = Image.new("L", (SMALL_SIDE, SMALL_SIDE * len(smalls)))
     for row, small in enumerate(smalls):
         column.paste(small, (0, SMALL_SIDE * row))  # a third of what each pays on its way into an array
-    pixels = np.asarray(column).reshape(-1, SMALL_SIDE, SMALL_SIDE)
+    pixels = np.asarray(column).astype(np.float64).reshape(-1, SMALL_SIDE, SMALL_SIDE)
     low = (_WAVES @ pixels @ _WAVES.T).reshape(-1, LOOK_BITS)
     medians = np.median(low, axis=1, keepdims=True)
     return [int.from_bytes(row.tobytes(), "big") for row in np.packbits(low > medians, axis=1)]
