@@ -32,8 +32,9 @@ A metadata.jsonl beside them, one JSON object a line with `image_path`, is kept 
 
 records.jsonl holds one JSON object a line: `latin_name` (the class) and `image_url` or `image_path`; further plant_id, common_name,
 image_source, license, attribution, region, country, which are kept, and `split` (train, val, validation or test) in all lines or none.
-A build that was killed is removed by the next one of the same dataset, which starts clean and says so.
 The picture of a URL lies in pictures as md5(url).jpg (.jpeg, .png, .webp), an image_path is relative to pictures.
+
+A build that was killed is removed by the next one of the same dataset, which starts clean and says so.
 """
 
 
