@@ -24,6 +24,7 @@ from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.metrics import Totals
 from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
+from aplantida_dist.objective import CrossEntropy
 from aplantida_dist.origin import trace_origin_across_ranks
 from aplantida_dist.progress import open_progress
 from aplantida_dist.record import MainRecord, Provenance, Record
@@ -132,7 +133,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         digests=ground.digests,
         num_classes=ground.class_map.num_classes,
         seed=config.seed,
-        label_smoothing=config.loss.label_smoothing,
+        objective=CrossEntropy(label_smoothing=config.loss.label_smoothing),
         clip_norm=config.train.clip_norm,
         log_every_steps=config.train.log_every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,

@@ -75,11 +75,15 @@ def read_json(path: Path, *, what: str, remedy: str) -> Any:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append one line and sync it to disk before returning."""
-    with path.open("ab") as file:
-        file.write(line + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line and sync it to disk before returning. A disk that is full may keep a part of it: UserError."""
+    try:
+        with path.open("ab") as file:
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = reason_of(error, path, num_bytes=len(line) + 1)
+        raise UserError(f"{path}: no line could be added: {reason}; make room") from error
 
 
 def sync_folder(folder: Path) -> None:

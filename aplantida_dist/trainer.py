@@ -19,9 +19,9 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.evaluation import as_evaluation_metrics, as_split_metrics, evaluate_across_ranks
 from aplantida_dist.history import EvaluationMetrics, make_row
 from aplantida_dist.lineage import Identities
-from aplantida_dist.loss import cross_entropy
 from aplantida_dist.metrics import Totals, compute, require_coverage, void_samples
 from aplantida_dist.model import set_learning_rate
+from aplantida_dist.objective import Objective, Targets
 from aplantida_dist.record import EpochSoFar, Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.seeds import derive
@@ -52,7 +52,7 @@ class Job:
     digests: dict[str, str]
     num_classes: int
     seed: int
-    label_smoothing: float
+    objective: Objective
     clip_norm: float | None
     log_every_steps: int
     checkpoint_every_steps: int | None
@@ -131,7 +131,7 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         seed_device(job.world.device, derive(job.seed, "slot", step, slot))
         with job.world.accumulating(job.model, is_last=slot == slots[-1]):
             logits = job.model(job.normalize(batch.images))
-            losses = cross_entropy(logits, batch.labels, label_smoothing=job.label_smoothing)
+            losses = job.objective(logits, Targets(batch.labels))
             if job.extra_checks:
                 _check_losses(read, losses, step)
             job.world.accelerator.backward((batch.weights * losses).sum() * scale)

@@ -20,6 +20,7 @@ from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.stream import Batch, Reading
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.model import Normalize, build_model, build_optimizer, pixel_convention
+from aplantida_dist.objective import CrossEntropy
 from aplantida_dist.record import Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.trainer import Job, Running, run_step
@@ -161,7 +162,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         digests={},
         num_classes=load.num_classes,
         seed=SEED,
-        label_smoothing=0.0,
+        objective=CrossEntropy(label_smoothing=0.0),
         clip_norm=CLIP_NORM,
         log_every_steps=STEPS_A_BLOCK,
         checkpoint_every_steps=None,

@@ -20,7 +20,7 @@ from pictures import build, digests_of, draw, fill, put
 
 from aplantida_dist.data.manifest import Reencoding
 from aplantida_dist.errors import UserError
-from aplantida_dist.files import write_whole
+from aplantida_dist.files import append_line, write_whole
 from aplantida_dist.shards.behind import Behind
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.claim import ClaimError, claimed, find_replaced
@@ -378,3 +378,7 @@ def test_a_file_that_is_written_whole_says_what_it_lacks(disk: Path) -> None:
         write_whole(disk / "report.json", bytes(50_000))
     assert (disk / "report.json").read_bytes() == b"old"
     assert names_in(disk) == ["report.json"]
+    with pytest.raises(
+        UserError, match=r"report\.json: no line could be added: .*\(50,001 bytes more needed, [0-9,]+ bytes"
+    ):
+        append_line(disk / "report.json", bytes(50_000))

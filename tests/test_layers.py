@@ -14,7 +14,7 @@ PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
     ["errors", "seeds", "schedule", "loss", "progress", "web_page", "data.frequency"],
-    ["files", "command", "world", "yaml_words", "data.decode"],
+    ["files", "command", "world", "yaml_words", "data.decode", "objective"],
     ["strict_yaml"],
     [
         "config",
@@ -101,7 +101,10 @@ def test_every_module_has_its_place() -> None:
 @pytest.mark.parametrize("house", SIDE_HOUSES)
 def test_the_houses_beside_know_only_the_ground_floors(house: str) -> None:
     """Building, drawing and analysing need no trainer, and no torch."""
-    ground = {name for names in LAYERS[:4] for name in names} - {"world", "loss"} | {"config_file", "data.dataset"}
+    ground = {name for names in LAYERS[:4] for name in names} - {"world", "loss", "objective"} | {
+        "config_file",
+        "data.dataset",
+    }
     for name, path in modules().items():
         if name.split(".")[0] == house:
             for other in own_imports(path):

@@ -13,8 +13,8 @@ from torch import nn
 
 from aplantida_dist.data.plan import Coordinates
 from aplantida_dist.data.stream import MicroBatches, Reading, stream
-from aplantida_dist.loss import cross_entropy
 from aplantida_dist.metrics import Totals, compute
+from aplantida_dist.objective import Targets
 from aplantida_dist.record import Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.trainer import Running, read_ahead, run_step
@@ -55,7 +55,7 @@ def test_ranks_do_not_change_the_training(dataset_dir: Path, tmp_path: Path, opt
     losses, order, weights = outcomes[1]
     assert len(losses) == STEPS
     assert len(order) == STEPS * 4
-    assert losses[0] > losses[-1], "the model must learn something for the comparison to mean anything"
+    assert sum(losses[:5]) > sum(losses[-5:]), "the model must learn something for the comparison to mean anything"
     for world_size in (2, 3):
         other_losses, other_order, other_weights = outcomes[world_size]
         assert other_order == order
@@ -126,7 +126,7 @@ def reference_gradient(config: Path, run_dir: Path, overrides: Sequence[str], st
     labels = torch.cat([batch.labels for batch in batches])[real]
     assert len(labels) == job.plan.samples_in_step(step % job.plan.steps_per_epoch)
     model = make_probe(job.num_classes)
-    cross_entropy(model(ToDouble()(images)), labels, label_smoothing=job.label_smoothing).mean().backward()
+    job.objective(model(ToDouble()(images)), Targets(labels)).mean().backward()
     return [parameter.grad.numpy() for parameter in model.parameters() if parameter.grad is not None]
 
 

@@ -38,6 +38,7 @@ as they are: the dataset holds indexes onto them. The class is the `latin_name` 
 --where FIELD=VALUE[,VALUE…] compares a field of KEY.json, as text, exactly (a value with a comma stands in double quotes);
 FIELD!=VALUE is its opposite, also met where the field is absent. Given several times, all must hold.
 What was left out, and why, is in the dataset's report.json and report.md, and with pictures in its report.html.
+A build that was killed is removed by the next one of the same dataset, which starts clean and says so.
 """
 
 OF_SUBSETS = frozenset(
