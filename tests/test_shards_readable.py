@@ -50,7 +50,7 @@ def test_webdataset_reads_every_sample_with_its_label(dataset: Path, split: str)
     for sample in samples:
         assert sample_key_of(sample["jpg"]) == sample["__key__"]
         assert json.loads(sample["json"])["image_source"].startswith(f"{class_names[int(sample['cls'])]}/")
-        assert Image.open(io.BytesIO(sample["jpg"])).size == (24, 20)
+        assert Image.open(io.BytesIO(sample["jpg"])).size == (40, 36)
     assert Counter(sample["cls"].decode() for sample in samples) == manifest.class_counts
 
 
@@ -67,7 +67,7 @@ def test_timm_reads_every_sample_with_its_label(dataset: Path, split: str, is_tr
     name = timm_split(len(manifest.shards), manifest.num_samples)
     read = create_dataset("wds/", root=str(dataset / split), split=name, is_training=is_training, batch_size=1)
     assert len(read) == manifest.num_samples
-    labels = [int(label) for image, label in read if image.size == (24, 20)]
+    labels = [int(label) for image, label in read if image.size == (40, 36)]
     assert Counter(map(str, labels)) == manifest.class_counts
 
 

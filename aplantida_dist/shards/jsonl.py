@@ -117,7 +117,7 @@ def read_shortfall(records_path: Path, image_dir: Path, *, requirement: Requirem
         if entry.path is not None:
             num_there += 1
         elif url := _url_to_ask(entry):
-            is_wanted[url] = is_wanted.get(url, False) or requirement.is_met_by(entry.licence or UNKNOWN)
+            is_wanted[url] = is_wanted.get(url, True) and requirement.is_met_by(entry.licence or UNKNOWN)
         else:
             num_without_url += 1
     return Shortfall(
