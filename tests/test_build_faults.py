@@ -193,10 +193,11 @@ def test_a_name_is_held_by_one_at_a_time(tmp_path: Path) -> None:
     overlaps: list[int] = []
 
     def claim_often() -> None:
-        for _ in range(200):
+        for _ in range(100):
             try:
                 with claimed(tmp_path / "set"):
                     inside.append(1)
+                    time.sleep(0.001)
                     overlaps.extend(inside[1:])
                     inside.pop()
             except ClaimError:

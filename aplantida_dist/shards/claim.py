@@ -89,7 +89,10 @@ def _unlock(descriptor: int, lock_path: Path) -> None:
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _holder_of(descriptor: int) -> str:
