@@ -181,6 +181,7 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
             class_map=dataset.class_map,
             digests=digests,
             law_fields=config.law_fields(),
+            law_defaults=config.law_defaults(),
         )
     # A checkpoint brings all weights, so those of timm's hub are not fetched a second time.
     pretrained, init_from, beginning = config.model.pretrained and checkpoint is None, config.model.init_from, None

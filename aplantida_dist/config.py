@@ -265,6 +265,20 @@ class Config(Section):
         fields = flat(self.to_dict())
         return {name: value for name, value in fields.items() if FREE.isdisjoint({name, name.partition(".")[0]})}
 
+    @staticmethod
+    def law_defaults() -> dict[str, Any]:
+        """The defaults of the fields that decide the numbers, by dotted name.
+
+        A new field's default is what the program did before there was the field, so a checkpoint that lacks one holds its default.
+        """
+        defaults = {
+            f"{name}.{key}": field.default
+            for name, section in SECTIONS.items()
+            for key, field in section.model_fields.items()
+            if not field.is_required()
+        }
+        return {name: value for name, value in defaults.items() if FREE.isdisjoint({name, name.partition(".")[0]})}
+
     def require_all_read(self) -> None:
         """Raise ConfigError for every field that was set and that nothing has read, such as final_lr of a constant schedule.
 

@@ -88,18 +88,23 @@ def require_same_run(
     class_map: ClassMap,
     digests: Mapping[str, str],
     law_fields: Mapping[str, Any],
+    law_defaults: Mapping[str, Any],
 ) -> None:
-    """Raise RunFolderError unless the checkpoint's run and this one obey the same law; it names each field and both values."""
+    """Raise RunFolderError unless the checkpoint's run and this one obey the same law; it names each field and both values.
+
+    A field that the checkpoint lacks is younger than it, and counts as its default.
+    """
     load_class_map(run_dir / CLASSES_FILE).require_same(class_map, ours=str(run_dir), theirs="the dataset")
-    now = json.loads(json.dumps(law_fields))  # as the checkpoint holds them: JSON has no tuples
+    # As the checkpoint holds them: JSON has no tuples.
+    now, before = json.loads(json.dumps(law_fields)), json.loads(json.dumps(law_defaults))
     changed = [
         f"{change.name} was {show(change.old)}, is {show(change.new)}"
-        for change in changes(checkpoint.position.law_fields, now)
+        for change in changes({**before, **checkpoint.position.law_fields}, now)
     ]
     for name in checkpoint.position.digests.keys() & digests.keys() & {"train_manifest", "val_manifest"}:
-        before, after = checkpoint.position.digests[name], digests[name]
-        if before != after:
-            changed.append(f"{name} was {_short(before)}, is {_short(after)} (another dataset or --max-samples)")
+        old, new = checkpoint.position.digests[name], digests[name]
+        if old != new:
+            changed.append(f"{name} was {_short(old)}, is {_short(new)} (another dataset or --max-samples)")
     if changed:
         raise RunFolderError(
             f"{checkpoint.path}: cannot go on, because what decides the numbers has changed: {'; '.join(changed)}; "

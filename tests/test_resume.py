@@ -257,3 +257,22 @@ def test_best_last_and_retention(dataset_dir: Path, tmp_path: Path) -> None:
     assert (pointed["step"], pointed["value"]) == (best["step"], best["val"]["loss"])
     assert {path.name for path in folder.glob("step_*")} == {"step_00000020", f"step_{best['step']:08d}"}
     assert json.loads((tmp_path / "run" / "status.json").read_text())["phase"] == "done"
+
+
+def test_a_checkpoint_from_before_a_field_goes_on_under_its_default(dataset_dir: Path, tmp_path: Path) -> None:
+    """A younger version's field is no change of the law where it has its default, which is what was done before; else it is."""
+    config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=2)
+    constant = "schedule.kind=constant"
+    train(1, config, tmp_path / "whole", tmp_path, constant)
+    train(1, config, tmp_path / "run", tmp_path, constant, "train.epochs=1")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    position = json.loads((checkpoint / "position.json").read_text())
+    del position["law_fields"]["data.horizontal_flip"]
+    (checkpoint / "position.json").write_text(json.dumps(position))
+    command = ["--config", config, "--run-dir", tmp_path / "run", constant, "data.horizontal_flip=0.25"]
+    (refused,) = command_on_ranks(1, "aplantida_dist.train", command, tmp_path)
+    assert refused.code == 2
+    assert "data.horizontal_flip was 0.5, is 0.25" in refused.stderr
+    train(1, config, tmp_path / "run", tmp_path, constant)
+    assert [row["epoch"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    assert rows_of(tmp_path / "run")[1]["train"] == rows_of(tmp_path / "whole")[1]["train"]
