@@ -22,6 +22,7 @@ from aplantida_dist.shards.joined import SourcesError, joined
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.placement import PlacementError
 from aplantida_dist.shards.source import Source
+from aplantida_dist.shards.stated_splits import StatedSplitsError
 from aplantida_dist.shards.tar_urls import TarUrlError, expand_tar_urls
 from aplantida_dist.shards.tars import TarsError, read_tars
 from tests.tars import build_sources, build_tars, pack, read_dataset, sample
@@ -160,9 +161,9 @@ def test_samples_state_their_split_all_or_none(tmp_path: Path) -> None:
     files = [file for n, word in enumerate(words) for file in sample(f"{n}", n, split=word)]
     account = build_tars(pack(tmp_path / "x.tar", files), tmp_path / "set")
     assert {m.split: m.num_samples for m in account.manifests} == {"train": 4, "val": 2, "test": 2}
-    with pytest.raises(TarsError, match="8 samples state a split and 1 do not"):
+    with pytest.raises(StatedSplitsError, match="8 records carry a split and 1 do not"):
         read_tars(str(pack(tmp_path / "y.tar", [*files, *sample("z", 20)])), class_names=None)
-    with pytest.raises(TarsError, match=r"z\.tar:0\.jpg: split 'dev', expected one of train"):
+    with pytest.raises(StatedSplitsError, match=r"z\.tar:0\.jpg: split 'dev', expected one of train"):
         read_tars(str(pack(tmp_path / "z.tar", sample("0", 0, split="dev"))), class_names=None)
 
 

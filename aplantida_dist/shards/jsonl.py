@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from aplantida_dist.data.manifest import SPLITS
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
 from aplantida_dist.shards.class_names import class_name_of
@@ -19,7 +18,8 @@ from aplantida_dist.shards.licence import UNKNOWN, Licence, Requirement, licence
 from aplantida_dist.shards.lines import Line, LineError, read_lines
 from aplantida_dist.shards.place import Place
 from aplantida_dist.shards.record import LeftOut, Record
-from aplantida_dist.shards.source import SPLIT_OF_WORD, Source, text_of_name
+from aplantida_dist.shards.source import Source, text_of_name
+from aplantida_dist.shards.stated_splits import StatedSplits
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """What the picture of a URL may end in, in the order in which they are tried; what it holds is read from its bytes."""
@@ -33,12 +33,10 @@ class RecordsError(UserError):
 
 @dataclass
 class _Tally:
-    """What is counted while the records stream by: those that carry a split, and those that do not."""
+    """What is gathered while the records stream by: each class name as one text in memory, and the splits."""
 
-    class_names: dict[str, str]
-    splits: set[str]
-    num_with_split: int = 0
-    num_without_split: int = 0
+    class_names: dict[str, str] = field(default_factory=dict)
+    splits: StatedSplits = field(default_factory=StatedSplits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ def read_jsonl(
         raise RecordsError(f"{image_dir}: no such folder; give the folder of the pictures as --image-dir")
     records: list[Record] = []
     missing: list[LeftOut] = []
-    tally = _Tally({}, set())
+    tally = _Tally()
     name = text_of_name(records_path.name)
     for entry in _read_entries(records_path, image_dir, tally):
         source, content = f"{name}:{entry.line.number}", entry.line.content
@@ -100,7 +98,7 @@ def read_jsonl(
         counted="records",
         records=tuple(records),
         outside=tuple(missing),
-        splits=tuple(split for split in SPLITS if split in tally.splits),
+        splits=tally.splits.decided(source=str(records_path)),
         class_names=tuple(sorted(tally.class_names)),
         metadata=None,
     )
@@ -113,7 +111,7 @@ def read_shortfall(records_path: Path, image_dir: Path, *, requirement: Requirem
     """
     num_there = num_without_url = 0
     is_wanted: dict[str, bool] = {}
-    for entry in _read_entries(records_path, image_dir.absolute(), _Tally({}, set())):
+    for entry in _read_entries(records_path, image_dir.absolute(), _Tally()):
         if entry.path is not None:
             num_there += 1
         elif url := _url_to_ask(entry):
@@ -136,11 +134,12 @@ def stem_of_url(url: str) -> str:
 def _read_entries(records_path: Path, image_dir: Path, tally: _Tally) -> Iterator[_Entry]:
     """Read the records one at a time, and look for the picture of each."""
     for line in read_lines(records_path):
-        class_name, split, licence = _class_name_of(line, tally), _split_of(line, tally), _licence_of(line)
+        class_name, licence = _class_name_of(line, tally), _licence_of(line)
+        split = tally.splits.split_of(line.content.get("split"), place=line.place)
         places = _places_of(line)
         path = next((path for path in (f"{image_dir}/{inside}" for inside in places) if os.path.exists(path)), None)
         yield _Entry(line, class_name, split, licence, places, path)
-    _require_one_kind(records_path, tally)
+    tally.splits.decided(source=str(records_path))  # raises where only some records state one
 
 
 def _url_to_ask(entry: _Entry) -> str:
@@ -154,18 +153,6 @@ def _class_name_of(line: Line, tally: _Tally) -> str:
     if not class_name:
         raise LineError(f"{line.place}: no 'latin_name', which is the class; correct the line or remove it")
     return tally.class_names.setdefault(class_name, class_name)
-
-
-def _split_of(line: Line, tally: _Tally) -> str | None:
-    word = line.content.get("split")
-    if word is None:
-        tally.num_without_split += 1
-        return None
-    if not isinstance(word, str) or word not in SPLIT_OF_WORD:
-        raise LineError(f"{line.place}: split {word!r}, expected one of {', '.join(SPLIT_OF_WORD)}; correct the line")
-    tally.num_with_split += 1
-    tally.splits.add(SPLIT_OF_WORD[word])
-    return SPLIT_OF_WORD[word]
 
 
 def _licence_of(line: Line) -> Licence | None:
@@ -208,11 +195,3 @@ def _what_is_missing(content: dict[str, Any], places: list[str]) -> str:
 def _metadata_of(content: dict[str, Any]) -> bytes:
     """What KEY.json will hold: the record, without where its picture lay here and the split that it was put in."""
     return canonical_json({field: value for field, value in content.items() if field not in ("image_path", "split")})
-
-
-def _require_one_kind(records_path: Path, tally: _Tally) -> None:
-    if tally.num_with_split and tally.num_without_split:
-        raise RecordsError(
-            f"{records_path}: {tally.num_with_split:,} records carry a split and {tally.num_without_split:,} do not; "
-            "give every record its 'split', or none"
-        )

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aplantida_dist.data.manifest import SPLITS
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
 from aplantida_dist.shards.class_names import class_name_of
@@ -17,7 +16,8 @@ from aplantida_dist.shards.licence import licence_of
 from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.place import Place
 from aplantida_dist.shards.record import LeftOut, Reason, Record
-from aplantida_dist.shards.source import SPLIT_OF_WORD, IndexedTar, Source, text_of_name
+from aplantida_dist.shards.source import IndexedTar, Source, text_of_name
+from aplantida_dist.shards.stated_splits import StatedSplits
 from aplantida_dist.shards.tar_index import FoundSample, index_tar
 from aplantida_dist.shards.tar_urls import expand_tar_urls
 
@@ -73,38 +73,19 @@ class _Classes:
         return known[0]
 
 
-@dataclass
-class _Splits:
-    """The splits that the samples state, and how many state none."""
-
-    stated: set[str] = field(default_factory=set)
-    num_with: int = 0
-    num_without: int = 0
-
-    def split_of(self, word: Any, *, place: str) -> str | None:
-        if word is None:
-            self.num_without += 1
-            return None
-        if not isinstance(word, str) or word not in SPLIT_OF_WORD:
-            raise TarsError(f"{place}: split {word!r}, expected one of {', '.join(SPLIT_OF_WORD)}; leave this tar out")
-        self.num_with += 1
-        self.stated.add(SPLIT_OF_WORD[word])
-        return SPLIT_OF_WORD[word]
-
-
 def read_tars(urls: str, *, class_names: tuple[str, ...] | None) -> Source:
     """Index the tars that a text names (see `expand_tar_urls`), and list their samples, tar by tar, in the tar's order.
 
     A sample's class is the `latin_name` of its .json, else its .cls: a name, or a number into `class_names`. It is named
     TAR:MEMBER, after its image; the tars are named from the folder that holds them all. Raises TarUrlError, TarError for a damaged
-    tar, and TarsError for a number that has no name or two, or where only some samples state a `split`.
+    tar, TarsError for a number that has no name or two, and StatedSplitsError.
     """
     paths = expand_tar_urls(urls)
     home = os.path.commonpath([path.parent for path in paths])
     tars: list[IndexedTar] = []
     records: list[Record] = []
     outside: list[LeftOut] = []
-    classes, splits = _Classes(class_names), _Splits()
+    classes, splits = _Classes(class_names), StatedSplits()
     for path in with_pace(paths, total=len(paths), doing="indexing tars"):
         finding, name = index_tar(path), text_of_name(os.path.relpath(path, home))
         tars.append(finding.tar)
@@ -115,25 +96,20 @@ def read_tars(urls: str, *, class_names: tuple[str, ...] | None) -> Source:
                 records.append(_record_of(sample, place=place, source=source, classes=classes, splits=splits))
             except _UnusableSampleError as error:
                 outside.append(LeftOut(source, None, error.reason, str(error), place))
-    if splits.num_with and splits.num_without:
-        raise TarsError(
-            f"{urls}: {splits.num_with:,} samples state a split and {splits.num_without:,} do not; "
-            "give them as several --from-tars, or none with a split"
-        )
     return Source(
         name=text_of_name(paths[0].name if len(paths) == 1 else Path(home).name),
         picture_paths=paths,
         counted="tar samples",
         records=tuple(records),
         outside=tuple(outside),
-        splits=tuple(split for split in SPLITS if split in splits.stated),
+        splits=splits.decided(source=urls),
         class_names=tuple(sorted(classes.names)),
         metadata=None,
         tars=tuple(tars),
     )
 
 
-def _record_of(sample: FoundSample, *, place: Place, source: str, classes: _Classes, splits: _Splits) -> Record:
+def _record_of(sample: FoundSample, *, place: Place, source: str, classes: _Classes, splits: StatedSplits) -> Record:
     content, word, metadata = _parsed(sample.metadata)
     class_name = classes.name_of(_latin_name_of(content), _label_of(sample.label), place=source)
     return Record(place, source, class_name, splits.split_of(word, place=source), metadata, licence_of(content))
