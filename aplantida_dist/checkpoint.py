@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,11 +23,16 @@ FORMAT = 2
 READABLE_FORMATS = (1, 2)
 """Format 1 had no lineage."""
 MODEL_FILE = "model.safetensors"
+EMA_FILE = "ema.safetensors"
+"""The EMA under the same names as the model; only where the run keeps one."""
 OPTIMIZER_FILE = "optimizer.safetensors"
 TOTALS_FILE = "totals.safetensors"
 SEEN_FILE = "seen.npy"
 """The identities of the lineage: int64 [n], little-endian, ascending, in numpy's own format; 8 bytes a photograph."""
 POSITION_FILE = "position.json"
+
+Weights = Literal["raw", "ema"]
+"""Which of a checkpoint's two sets of weights: those that the optimizer moves, or their average."""
 
 
 class CheckpointError(UserError):
@@ -65,10 +70,13 @@ class Checkpoint:
 
     path: Path
     position: Position
+    has_ema: bool
 
-    def model_state(self) -> dict[str, Tensor]:
-        """The weights under timm's names, on the CPU."""
-        return dict(load_file(self.path / MODEL_FILE))
+    def model_state(self, weights: Weights = "raw") -> dict[str, Tensor]:
+        """The weights under timm's names, on the CPU. CheckpointError where the EMA is asked for and there is none."""
+        if weights == "ema" and not self.has_ema:
+            raise CheckpointError(f"{self.path}: holds no EMA: its run had ema.decay null; take the raw weights")
+        return dict(load_file(self.path / (EMA_FILE if weights == "ema" else MODEL_FILE)))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors, as `save_checkpoint` was given them."""
@@ -98,26 +106,25 @@ def save_checkpoint(
     *,
     position: Position,
     model_state: Mapping[str, Tensor],
+    ema_state: Mapping[str, Tensor] | None,
     optimizer_state: Mapping[str, Tensor],
     totals: Tensor,
     lineage: Lineage,
 ) -> Path:
     """Write a checkpoint beside its place, sync it, and move it there. For the main process."""
+    stored = {MODEL_FILE: model_state, OPTIMIZER_FILE: optimizer_state, TOTALS_FILE: {"totals": totals}}
+    stored |= {} if ema_state is None else {EMA_FILE: ema_state}
     path = checkpoints_dir / f"step_{position.step:08d}"
     beside = checkpoints_dir / f".{path.name}.{os.getpid()}.part"
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        for name, tensors in (
-            (MODEL_FILE, model_state),
-            (OPTIMIZER_FILE, optimizer_state),
-            (TOTALS_FILE, {"totals": totals}),
-        ):
+        for name, tensors in stored.items():
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside / name)
             _sync_file(beside / name)
         np.save(beside / SEEN_FILE, lineage.identities.astype("<i8"), allow_pickle=False)
         _sync_file(beside / SEEN_FILE)
-        files = {name: sha256_of_file(beside / name) for name in (MODEL_FILE, OPTIMIZER_FILE, TOTALS_FILE, SEEN_FILE)}
+        files = {name: sha256_of_file(beside / name) for name in (*stored, SEEN_FILE)}
         write_json(beside / POSITION_FILE, {"format": FORMAT, **asdict(position), "files": files})
         sync_folder(beside)
         if path.exists():
@@ -166,7 +173,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 f"{path}: {name} has changed since it was written (its sha256 differs); choose another checkpoint"
             )
     fields = {"lineage": None} | {key: value for key, value in content.items() if key not in ("format", "files")}
-    return Checkpoint(path, Position(**fields))
+    return Checkpoint(path, Position(**fields), has_ema=EMA_FILE in content["files"])
 
 
 def newest_sound_checkpoint(checkpoints_dir: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -200,9 +207,9 @@ def retain(checkpoints_dir: Path, *, keep_last: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def load_model_state(model: nn.Module, checkpoint: Checkpoint) -> None:
+def load_model_state(model: nn.Module, checkpoint: Checkpoint, weights: Weights = "raw") -> None:
     """Give a model the checkpoint's weights, all of them; CheckpointError names those that do not fit."""
-    state = checkpoint.model_state()
+    state = checkpoint.model_state(weights)
     expected = model.state_dict()
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     reshaped = [key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]

@@ -19,6 +19,7 @@ from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import TrainPlan
 from aplantida_dist.data.stream import Reading
+from aplantida_dist.ema import Ema, build_ema
 from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
@@ -100,6 +101,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
             kwargs=config.optimizer.kwargs,
         )
     )
+    ema = world.agree_across_ranks(lambda: _open_ema(config, ground, world=world))
     model, prepared = world.prepare(ground.model, optimizer)
     running = Running(Totals(ground.class_map.num_classes, world.device))
     if ground.checkpoint is not None:
@@ -120,6 +122,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         world=world,
         model=model,
         optimizer=prepared,
+        ema=ema,
         normalize=Normalize(pixels, world.device),
         plan=ground.plan,
         schedule=schedule,
@@ -200,6 +203,16 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
         block_samples=config.data.block_samples,
     )
     return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, beginning, digests)
+
+
+def _open_ema(config: Config, ground: _Ground, *, world: World) -> Ema | None:
+    """The EMA that a config asks for: as the checkpoint holds it, or one that begins with the model. Before `World.prepare`."""
+    if config.ema.decay is None:
+        return None
+    ema = build_ema(ground.model, world=world, decay=config.ema.decay, warmup=config.ema.warmup)
+    if ground.checkpoint is not None:
+        load_model_state(ema.model, ground.checkpoint, "ema")
+    return ema
 
 
 def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimizer: Any, running: Running) -> None:

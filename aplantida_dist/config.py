@@ -49,8 +49,8 @@ def _argument(value: Any) -> Any:
 
 def _metric(name: str) -> str:
     split, _, metric = name.partition(".")
-    if split not in ("train", "val") or metric not in ("loss", "top1", "top5", "macro_top1"):
-        raise ValueError("train or val, a point, and loss, top1, top5 or macro_top1")
+    if split not in ("train", "val", "val_ema") or metric not in ("loss", "top1", "top5", "macro_top1"):
+        raise ValueError("train or val (or val_ema), a point, and loss, top1, top5 or macro_top1")
     return name
 
 
@@ -191,6 +191,15 @@ class TrainSection(Section):
     """Seconds that a rank waits for the others before the run ends with an error; at least 1."""
 
 
+class EmaSection(Section):
+    """An exponential moving average of the weights, evaluated beside them and kept in the checkpoint."""
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share that the average keeps of itself at each step, between 0 and 1; null keeps none. Source: Polyak & Juditsky 1992; timm."""
+    warmup: bool = True
+    """Whether update n keeps at most 1 − n^(−2/3): 0.99 after 1,000, 0.999 after 31,600. Source: timm.utils.ModelEmaV3."""
+
+
 class EvaluationSection(Section):
     """When and how the val split is evaluated."""
 
@@ -208,7 +217,7 @@ class CheckpointSection(Section):
     keep_last: Count = 2
     """Newest checkpoints that are kept, at least 1; the best one is kept besides."""
     best_metric: Annotated[str, AfterValidator(_metric)] = "val.top1"
-    """Metric that chooses the best checkpoint: split.name, as in a row of the history."""
+    """Metric that chooses the best checkpoint: split.name, as in a row of the history; val_ema.name is the EMA's."""
     best_mode: Literal["max", "min"] = "max"
     """Whether the largest or the smallest value of best_metric is best."""
 
@@ -237,6 +246,7 @@ class Config(Section):
     schedule: ScheduleSection
     loss: LossSection
     train: TrainSection
+    ema: EmaSection
     evaluation: EvaluationSection
     checkpoint: CheckpointSection
     report: ReportSection

@@ -122,8 +122,10 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if known("model.pretrained", "model.init_from") and values["model.pretrained"] and values["model.init_from"]:
         yield "model.pretrained", "false where model.init_from says what to begin with"
     every, metric, mode = "evaluation.every_epochs", "checkpoint.best_metric", "checkpoint.best_mode"
-    if known(metric, every) and values[every] == 0 and values[metric].startswith("val."):
+    if known(metric, every) and values[every] == 0 and not values[metric].startswith("train."):
         yield metric, f"a metric of train, such as train.loss, where {every} is 0"
+    if known(metric, "ema.decay") and values[metric].startswith("val_ema.") and values["ema.decay"] is None:
+        yield metric, "a metric of train or val where ema.decay is null"
     if known(metric, mode) and (values[mode] == "min") != values[metric].endswith(".loss"):
         yield mode, f"{'max' if values[mode] == 'min' else 'min'} for {metric} {values[metric]}"
 

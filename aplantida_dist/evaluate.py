@@ -59,6 +59,8 @@ def main() -> None:
         )
     metrics = as_evaluation_metrics(evaluation, expected_samples=split.num_samples)
     if world.is_main:
+        if checkpoint.has_ema:
+            print(f"{arguments.weights} weights of {checkpoint.path}, which holds raw and ema (--weights)", flush=True)
         if arguments.json:
             write_json(arguments.json, {split.name: metrics.model_dump(mode="json", exclude_none=True)})
         _print_metrics(split.name, metrics, arguments)
@@ -73,7 +75,7 @@ def _open(arguments: argparse.Namespace, config: Config) -> tuple[nn.Module, Che
     class_map.require_same(dataset.class_map, ours=str(arguments.run), theirs=str(arguments.data))
     split = dataset.open_split(arguments.split)
     model = model_of(config, num_classes=class_map.num_classes, pretrained=False)
-    load_model_state(model, checkpoint)
+    load_model_state(model, checkpoint, arguments.weights)
     return model, checkpoint, split, class_map.num_classes
 
 
@@ -127,6 +129,12 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="the run folder that training wrote")
     parser.add_argument(
         "--checkpoint", default="best", metavar="best|last|DIR", help="which checkpoint (default: best)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("raw", "ema"),
+        default="raw",
+        help="those that the optimizer moved (the default), or their average, where the run keeps one (ema.decay)",
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DATASET", help="a dataset with the run's classes")
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")

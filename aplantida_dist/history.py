@@ -98,7 +98,10 @@ class Digests(_Strict):
 
 
 class Row(_Strict):
-    """One line of the history. `epoch` counts from 1; `step` counts completed optimizer updates. A split that was not evaluated is absent."""
+    """One line of the history. `epoch` counts from 1; `step` counts completed optimizer updates. A split that was not evaluated is absent.
+
+    `val_ema` is val evaluated with the EMA of the weights, over the same samples; absent where the run keeps none.
+    """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     epoch: int = Field(ge=1)
@@ -107,7 +110,16 @@ class Row(_Strict):
     learning_rate: float = Field(ge=0.0)
     train: TrainMetrics
     val: EvaluationMetrics | None = None
+    val_ema: EvaluationMetrics | None = None
     digests: Digests
+
+    @model_validator(mode="after")
+    def _ema_is_evaluated_beside_the_model(self) -> Row:
+        if self.val_ema is not None and (
+            self.val is None or self.val.expected_samples != self.val_ema.expected_samples
+        ):
+            raise ValueError("val_ema does not stand beside a val of the same samples")
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """The row as the dictionary that history.jsonl, W&B and the console show."""
@@ -220,6 +232,8 @@ def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
         "train": [row.train for row in rows],
         "val": [row.val for row in rows],
         "val_clean": clean,
+        "val_ema": [row.val_ema for row in rows],
+        "val_ema_clean": [row.val_ema and row.val_ema.clean for row in rows],
     }
     for split, parts in splits.items():
         if any(parts):

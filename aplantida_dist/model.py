@@ -1,4 +1,4 @@
-"""The model and its optimizer, made by timm from their names. The only importer of timm."""
+"""The model and its optimizer, made by timm from their names. Imports timm, as ema.py does."""
 
 from __future__ import annotations
 

@@ -58,12 +58,13 @@ class Record:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        ema: nn.Module | None,
         step: int,
         epoch: int,
         so_far: EpochSoFar,
         scaler: Mapping[str, Any],
     ) -> None:
-        """Write a checkpoint of a bare model after `step` completed updates."""
+        """Write a checkpoint of a bare model, and of its EMA if it has one, after `step` completed updates."""
 
     def finish(self) -> None:
         """Close the views; the record itself is on disk already."""
@@ -103,15 +104,15 @@ class MainRecord(Record):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        ema: nn.Module | None,
         step: int,
         epoch: int,
         so_far: EpochSoFar,
         scaler: Mapping[str, Any],
     ) -> None:
-        model_state = model.state_dict()
-        broken = [
-            name for name, tensor in model_state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
-        ]
+        model_state, ema_state = model.state_dict(), None if ema is None else ema.state_dict()
+        held = [*model_state.items(), *((f"EMA of {name}", tensor) for name, tensor in (ema_state or {}).items())]
+        broken = [name for name, tensor in held if tensor.is_floating_point() and not tensor.isfinite().all()]
         if broken:
             raise CheckpointError(
                 f"step {step}: {len(broken)} weights hold NaN or Inf, first {broken[0]}; nothing was saved, the last good "
@@ -138,6 +139,7 @@ class MainRecord(Record):
             self.checkpoints_dir,
             position=position,
             model_state=model_state,
+            ema_state=ema_state,
             optimizer_state=optimizer_state,
             totals=so_far.totals,
             lineage=self.provenance.lineage,
@@ -174,6 +176,10 @@ def summary_line(row: Row, *, is_best: bool) -> str:
         parts.append(f"val loss {row.val.loss:.4f} top-1 {100 * row.val.top1:.2f} % top-5 {100 * row.val.top5:.2f} %")
         if row.val.leaked_samples:
             parts.append(clean_text(row.val))
+    if row.val_ema is not None:
+        ema = row.val_ema.clean or row.val_ema
+        part = " on the clean part" if row.val_ema.clean else ""
+        parts.append(f"EMA{part} loss {ema.loss:.4f} top-1 {100 * ema.top1:.2f} % top-5 {100 * ema.top5:.2f} %")
     parts.append(f"{train.images_per_s:.1f} images/s, {100 * train.wait_fraction:.0f} % waiting")
     return " · ".join(parts) + (" · best so far" if is_best else "")
 

@@ -15,6 +15,7 @@ from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
+from aplantida_dist.ema import Ema
 from aplantida_dist.errors import UserError
 from aplantida_dist.evaluation import as_evaluation_metrics, as_split_metrics, evaluate_across_ranks
 from aplantida_dist.history import EvaluationMetrics, make_row
@@ -39,6 +40,7 @@ class Job:
     world: World
     model: nn.Module
     optimizer: Any
+    ema: Ema | None
     normalize: nn.Module
     plan: TrainPlan
     schedule: Schedule
@@ -144,6 +146,8 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         job.world.accelerator.clip_grad_norm_(job.model.parameters(), job.clip_norm)
     job.optimizer.step()
     running.skipped_steps += bool(job.optimizer.step_was_skipped)
+    if job.ema is not None and not job.optimizer.step_was_skipped:
+        job.ema.update(job.world.unwrap(job.model), completed_steps=step + 1)
     job.optimizer.zero_grad()
     spent_ns = time.perf_counter_ns() - started_ns
     running.spent_ns += spent_ns
@@ -184,7 +188,7 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         learning_rate=job.schedule.learning_rate(done - 1),
         train={**as_split_metrics(metrics, expected_samples=split.num_samples), **speed, **skipped},
-        val=_evaluate(job, epoch=epoch, done=done),
+        **_evaluate(job, epoch=epoch, done=done),
         digests=job.digests,
     )
     job.record.append(row)
@@ -192,18 +196,25 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
     _save(job, running, done)
 
 
-def _evaluate(job: Job, *, epoch: int, done: int) -> EvaluationMetrics | None:
-    """Collective. The val block of this epoch's row, where one is due."""
+def _evaluate(job: Job, *, epoch: int, done: int) -> dict[str, EvaluationMetrics]:
+    """Collective. The blocks of this epoch's row where an evaluation is due: val, and val_ema where there is an EMA."""
     if job.val_split is None or epoch % job.evaluate_every_epochs:
-        return None
+        return {}
     job.record.tell("evaluating", epoch=epoch, step=done)
-    bare_model = job.world.unwrap(job.model)
+    blocks = {"val": _evaluate_model(job, job.world.unwrap(job.model), job.val_split)}
+    if job.ema is not None:
+        blocks["val_ema"] = _evaluate_model(job, job.ema.model, job.val_split)
+    return blocks
+
+
+def _evaluate_model(job: Job, bare_model: nn.Module, split: Split) -> EvaluationMetrics:
+    """Collective. One block: a model over a split, with the main process's buffers on every rank."""
     # DDP would broadcast buffers at the first forward, where a rank without a batch hangs; the bare model never does.
     job.world.share_buffers_across_ranks(bare_model)
     evaluation = evaluate_across_ranks(
         bare_model,
         world=job.world,
-        split=job.val_split,
+        split=split,
         num_classes=job.num_classes,
         transform=job.evaluation_transform,
         normalize=job.normalize,
@@ -211,7 +222,7 @@ def _evaluate(job: Job, *, epoch: int, done: int) -> EvaluationMetrics | None:
         reading=job.reading,
         leaked=job.leaked,
     )
-    return as_evaluation_metrics(evaluation, expected_samples=job.val_split.num_samples)
+    return as_evaluation_metrics(evaluation, expected_samples=split.num_samples)
 
 
 def _save(job: Job, running: Running, done: int) -> None:
@@ -223,6 +234,7 @@ def _save(job: Job, running: Running, done: int) -> None:
     job.record.save(
         job.world.unwrap(job.model),
         job.optimizer.optimizer,
+        ema=None if job.ema is None else job.ema.model,
         step=done,
         epoch=epoch,
         so_far=so_far,

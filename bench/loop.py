@@ -149,6 +149,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         world=world,
         model=model,
         optimizer=optimizer,
+        ema=None,
         normalize=normalize,
         plan=TrainPlan(sizes, SEED, load.batch_size, load.batch_size, 2**18),
         schedule=Schedule("constant", LEARNING_RATE, LEARNING_RATE, 0, 10**6),

@@ -27,7 +27,7 @@ LAYERS = [
         "data.plan",
         "data.images",
     ],
-    ["config_faults", "data.dataset", "model", "report", "metrics", "checkpoint"],
+    ["config_faults", "data.dataset", "model", "ema", "report", "metrics", "checkpoint"],
     ["config_file", "data.stream", "run_folder", "record"],
     ["debug", "ancestor"],
     ["init_from"],
@@ -45,7 +45,7 @@ SIDE_HOUSES = ("analysis", "herbarium", "shards")
 OWNERS = {
     "accelerate": {"world"},
     "wandb": {"report"},
-    "timm": {"model"},
+    "timm": {"model", "ema"},
     "matplotlib": {"analysis.plots"},
     "braceexpand": {"shards.tar_urls"},
     "imagehash": {"shards.looks"},

@@ -159,6 +159,7 @@ def _evaluated(rows: Sequence[Row]) -> dict[str, list[tuple[Row, SplitMetrics]]]
     return {
         "train": [(row, row.train) for row in rows],
         "val": [(row, row.val) for row in rows if row.val is not None],
+        "val_ema": [(row, row.val_ema) for row in rows if row.val_ema is not None],
     }
 
 

@@ -77,9 +77,15 @@ class Panel:
 def panels_of(runs: Sequence[Curves]) -> tuple[Panel, ...]:
     """The panels that these runs have data for: loss, top-1, top-5, learning rate, throughput, wait fraction."""
     candidates = (
-        _split_panel("loss", "Loss", runs, lambda c: (c.train.loss, c.val.loss, c.clean.loss), percent=False),
-        _split_panel("top1", "Top-1 accuracy", runs, lambda c: (c.train.top1, c.val.top1, c.clean.top1), percent=True),
-        _split_panel("top5", "Top-5 accuracy", runs, lambda c: (c.train.top5, c.val.top5, c.clean.top5), percent=True),
+        _split_panel(
+            "loss", "Loss", runs, lambda c: (c.train.loss, c.val.loss, c.clean.loss, c.ema.loss), percent=False
+        ),
+        _split_panel(
+            "top1", "Top-1 accuracy", runs, lambda c: (c.train.top1, c.val.top1, c.clean.top1, c.ema.top1), percent=True
+        ),
+        _split_panel(
+            "top5", "Top-5 accuracy", runs, lambda c: (c.train.top5, c.val.top5, c.clean.top5, c.ema.top5), percent=True
+        ),
         _run_panel("learning_rate", "Learning rate", runs, lambda c: c.learning_rate, floor="zero"),
         _run_panel("throughput", "Images per second", runs, lambda c: c.images_per_s, floor="zero"),
         _run_panel("wait_fraction", "Time spent waiting for data", runs, lambda c: c.wait_fraction, floor="whole"),
@@ -91,16 +97,16 @@ def _split_panel(
     name: str,
     title: str,
     runs: Sequence[Curves],
-    of: Callable[[Curves], tuple[Series, Series, Series]],
+    of: Callable[[Curves], tuple[Series, Series, Series, Series]],
     *,
     percent: bool,
 ) -> Panel:
-    """train, val and its clean part in a hue each for one run; for several a hue a run, with train faint behind what they are judged by."""
+    """train, val, its clean part and the EMA in a hue each for one run; for several a hue a run, with train faint behind what they are judged by."""
     several = len(runs) > 1
     lines: list[Line] = []
     marks: list[Mark] = []
     for i, curves in enumerate(runs):
-        (train, val, clean), hue = of(curves), _hue(i)
+        (train, val, clean, ema), hue = of(curves), _hue(i)
         judged = clean if curves.judged is curves.clean else val
         has_val = bool(finite(judged))
         train_label = "train" if not several else "" if has_val else curves.name
@@ -108,6 +114,7 @@ def _split_panel(
         lines.append(Line(curves.name if several else "val", curves.epochs, judged if several else val, hue))
         if not several:
             lines.append(Line("clean val", curves.epochs, clean, _hue(1)))
+            lines.append(Line(f"EMA {curves.judged_name}", curves.epochs, ema, _hue(2)))
         marks.extend(_best_mark(curves, judged, hue=hue if several or judged is val else _hue(1), percent=percent))
     return Panel(
         name,

@@ -25,6 +25,9 @@ COLUMN_NAMES: Mapping[str, tuple[str, ...]] = {
     "clean_loss": ("val_clean_loss",),
     "clean_top1": ("val_clean_top1_acc",),
     "clean_top5": ("val_clean_top5_acc",),
+    "ema_loss": ("val_ema_clean_loss", "val_ema_loss"),
+    "ema_top1": ("val_ema_clean_top1_acc", "val_ema_top1_acc"),
+    "ema_top5": ("val_ema_clean_top5_acc", "val_ema_top5_acc"),
     "leaked": ("val_leaked_samples",),
     "learning_rate": ("learning_rate", "lr"),
     "images_per_s": ("images_per_s",),
@@ -32,7 +35,7 @@ COLUMN_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """What each series is called in training_history.json; the first name that a file holds is read."""
 
-_PERCENT = ("train_top1", "train_top5", "val_top1", "val_top5", "clean_top1", "clean_top5")
+_PERCENT = ("train_top1", "train_top5", "val_top1", "val_top5", "clean_top1", "clean_top5", "ema_top1", "ema_top5")
 _REMEDY = f"give a run folder with {HISTORY_FILE}, or a {COLUMNS_FILE}"
 
 
@@ -108,6 +111,9 @@ def _read_run(record: Path, *, name: str, num_classes: int | None) -> Curves:
         config_text=config_path.read_text(errors="replace") if config_path.is_file() else "",
         clean=_split_of([row.val and row.val.clean for row in rows]),
         leaked=tuple(row.val.leaked_samples if row.val else None for row in rows),
+        ema=_split_of(
+            [row.val_ema and (row.val_ema.clean if row.val_ema.leaked_samples else row.val_ema) for row in rows]
+        ),
     )
 
 
@@ -166,6 +172,7 @@ def _read_file(record: Path, *, name: str, num_classes: int | None) -> Curves:
         unreadable=tuple(unreadable),
         clean=SplitCurves(values["clean_loss"], values["clean_top1"], values["clean_top5"]),
         leaked=values["leaked"],
+        ema=SplitCurves(values["ema_loss"], values["ema_top1"], values["ema_top5"]),
     )
 
 

@@ -31,6 +31,8 @@ def epoch_table(curves: Curves) -> Table:
         ("val top-5", curves.val.top5, percent_text),
         ("clean val loss", curves.clean.loss, loss_text),
         ("clean val top-1", curves.clean.top1, percent_text),
+        (f"EMA {curves.judged_name} loss", curves.ema.loss, loss_text),
+        (f"EMA {curves.judged_name} top-1", curves.ema.top1, percent_text),
         ("images/s", curves.images_per_s, speed_text),
         ("wait", curves.wait_fraction, percent_text),
     )
