@@ -24,8 +24,9 @@ from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.metrics import Totals
+from aplantida_dist.mixing import Mixing, MixupCutmix, Unmixed
 from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
-from aplantida_dist.objective import CrossEntropy
+from aplantida_dist.objective import BinaryCrossEntropy, CrossEntropy, Objective
 from aplantida_dist.origin import trace_origin_across_ranks
 from aplantida_dist.progress import open_progress
 from aplantida_dist.record import MainRecord, Provenance, Record
@@ -136,7 +137,8 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         digests=ground.digests,
         num_classes=ground.class_map.num_classes,
         seed=config.seed,
-        objective=CrossEntropy(label_smoothing=config.loss.label_smoothing),
+        mixing=_mixing(config, ground.plan),
+        objective=_objective(config),
         clip_norm=config.train.clip_norm,
         log_every_steps=config.train.log_every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
@@ -239,6 +241,30 @@ def _schedule(config: Config, plan: TrainPlan) -> Schedule:
     )
 
 
+def _mixing(config: Config, plan: TrainPlan) -> Mixing:
+    """How pictures are mixed. The rest of the section is not read where both alphas are 0, nor the switch where one is."""
+    settings = config.mixing
+    mixup, cutmix = settings.mixup_alpha, settings.cutmix_alpha
+    if not (mixup or cutmix):
+        return Unmixed()
+    return MixupCutmix(
+        seed=config.seed,
+        mixup_alpha=mixup,
+        cutmix_alpha=cutmix,
+        probability=settings.probability,
+        cutmix_probability=settings.switch_probability if mixup and cutmix else float(cutmix > 0.0),
+        end_step=(config.train.epochs - settings.last_epochs_off) * plan.steps_per_epoch,
+    )
+
+
+def _objective(config: Config) -> Objective:
+    match config.loss.kind:
+        case "cross_entropy":
+            return CrossEntropy(label_smoothing=config.loss.label_smoothing)
+        case "binary_cross_entropy":
+            return BinaryCrossEntropy(label_smoothing=config.loss.label_smoothing)
+
+
 def _transforms(config: Config, pixels: PixelConvention) -> tuple[TrainTransform, EvaluationTransform]:
     data = config.data
     train_transform = TrainTransform(
@@ -246,6 +272,7 @@ def _transforms(config: Config, pixels: PixelConvention) -> tuple[TrainTransform
         crop_scale=data.crop_scale,
         crop_ratio=data.crop_ratio,
         horizontal_flip=data.horizontal_flip,
+        random_erasing=data.random_erasing,
         interpolation=pixels.interpolation,
     )
     return train_transform, evaluation_transform_of(config, pixels)

@@ -117,6 +117,8 @@ class DataSection(Section):
     """Smallest and largest width / height of a training crop, above 0. Source: Szegedy et al. 2015."""
     horizontal_flip: Share = 0.5
     """Probability that a training picture is mirrored, in [0, 1]. Source: ImageNet practice."""
+    random_erasing: Share = 0.0
+    """Probability that a rectangle of a training picture becomes random pixels, in [0, 1]. Source: Zhong et al. 2017."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Processes a rank that read and decode; 0 does it in the rank's own. Changes the speed and nothing else."""
     prefetch_micro_batches: Count = 4
@@ -165,9 +167,29 @@ class ScheduleSection(Section):
     """Learning rate at the end, from 0 to peak_lr. A constant schedule does not read it."""
 
 
-class LossSection(Section):
-    """What is minimised: cross-entropy."""
+class MixingSection(Section):
+    """Whether the pictures of a micro-batch are mixed with each other, and their labels with them.
 
+    One draw a micro-batch. Hits of training are then counted by the dominant label, and the history says so.
+    """
+
+    mixup_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """Shape of the Beta distribution of mixup's shares, at least 0; 0 is no mixup. Source: Zhang et al. 2018; DeiT takes 0.8."""
+    cutmix_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """The same for CutMix, which puts a rectangle of one picture into another; 0 is no CutMix. Source: Yun et al. 2019; DeiT takes 1."""
+    probability: Share = 1.0
+    """Probability that a micro-batch is mixed at all, in [0, 1]. Source: DeiT (Touvron et al. 2021)."""
+    switch_probability: Share = 0.5
+    """Probability that it is CutMix, where both are on, in [0, 1]. Source: DeiT."""
+    last_epochs_off: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the end that are not mixed, fewer than train.epochs. Source: YOLOX (Ge et al. 2021)."""
+
+
+class LossSection(Section):
+    """What is minimised. Evaluations report plain cross-entropy in any case, so that they compare."""
+
+    kind: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    """binary_cross_entropy asks each class by itself and takes the mean over classes. Source: Wightman et al. 2021."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the target that is spread over all classes, in [0, 1). Source: Szegedy et al. 2016."""
 
@@ -244,6 +266,7 @@ class Config(Section):
     model: ModelSection
     optimizer: OptimizerSection
     schedule: ScheduleSection
+    mixing: MixingSection
     loss: LossSection
     train: TrainSection
     ema: EmaSection

@@ -121,6 +121,11 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield small, f"at most {large}, {show(values[large])}{reason}"
     if known("model.pretrained", "model.init_from") and values["model.pretrained"] and values["model.init_from"]:
         yield "model.pretrained", "false where model.init_from says what to begin with"
+    off, epochs = "mixing.last_epochs_off", "train.epochs"
+    if known(off, epochs) and values[off] >= values[epochs]:
+        yield off, f"fewer than {epochs}, {values[epochs]}"
+    if known(micro, *_ALPHAS) and values[micro] == 1 and any(values[name] for name in _ALPHAS):
+        yield micro, f"at least 2 where {' or '.join(_ALPHAS)} mixes the pictures of a micro-batch"
     every, metric, mode = "evaluation.every_epochs", "checkpoint.best_metric", "checkpoint.best_mode"
     if known(metric, every) and values[every] == 0 and not values[metric].startswith("train."):
         yield metric, f"a metric of train, such as train.loss, where {every} is 0"
@@ -129,6 +134,8 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if known(metric, mode) and (values[mode] == "min") != values[metric].endswith(".loss"):
         yield mode, f"{'max' if values[mode] == 'min' else 'min'} for {metric} {values[metric]}"
 
+
+_ALPHAS = ("mixing.mixup_alpha", "mixing.cutmix_alpha")
 
 _AT_MOST = (
     ("schedule.warmup_epochs", "train.epochs", ""),

@@ -82,8 +82,12 @@ class EvaluationMetrics(SplitMetrics):
 
 
 class TrainMetrics(SplitMetrics):
-    """The training epoch's metrics, with its speed: images a second over all ranks, share of the time spent waiting for data."""
+    """The training epoch's metrics, with its speed: images a second over all ranks, share of the time spent waiting for data.
 
+    `top1_label` stands where pictures were mixed: hits, of top-5 and of classes too, are counted by the label of the larger share.
+    """
+
+    top1_label: Literal["dominant"] | None = None
     images_per_s: float = Field(ge=0.0)
     wait_fraction: float = Field(ge=0.0, le=1.0)
 
@@ -242,6 +246,9 @@ def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
             columns[f"{split}_top5_acc"] = [part and 100.0 * part.top5 for part in parts]
             columns[f"{split}_macro_top1_acc"] = [part and 100.0 * part.macro_top1 for part in parts]
             columns[f"{split}_num_samples"] = [part and part.num_samples for part in parts]
+    top1_labels = [row.train.top1_label for row in rows]
+    if any(top1_labels):
+        columns["train_top1_label"] = top1_labels
     columns["images_per_s"] = [row.train.images_per_s for row in rows]
     columns["wait_fraction"] = [row.train.wait_fraction for row in rows]
     return columns

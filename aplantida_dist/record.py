@@ -171,7 +171,8 @@ class MainRecord(Record):
 def summary_line(row: Row, *, is_best: bool) -> str:
     """One line for an epoch on the screen; accuracies in percent."""
     train = row.train
-    parts = [f"epoch {row.epoch}", f"train loss {train.loss:.4f} top-1 {100 * train.top1:.2f} %"]
+    top1 = f"top-1 ({train.top1_label})" if train.top1_label else "top-1"
+    parts = [f"epoch {row.epoch}", f"train loss {train.loss:.4f} {top1} {100 * train.top1:.2f} %"]
     if row.val is not None:
         parts.append(f"val loss {row.val.loss:.4f} top-1 {100 * row.val.top1:.2f} % top-5 {100 * row.val.top5:.2f} %")
         if row.val.leaked_samples:

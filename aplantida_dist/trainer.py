@@ -21,8 +21,9 @@ from aplantida_dist.evaluation import as_evaluation_metrics, as_split_metrics, e
 from aplantida_dist.history import EvaluationMetrics, make_row
 from aplantida_dist.lineage import Identities
 from aplantida_dist.metrics import Totals, compute, require_coverage, void_samples
+from aplantida_dist.mixing import Mixing
 from aplantida_dist.model import set_learning_rate
-from aplantida_dist.objective import Objective, Targets
+from aplantida_dist.objective import Objective
 from aplantida_dist.record import EpochSoFar, Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.seeds import derive
@@ -54,6 +55,7 @@ class Job:
     digests: dict[str, str]
     num_classes: int
     seed: int
+    mixing: Mixing
     objective: Objective
     clip_norm: float | None
     log_every_steps: int
@@ -132,13 +134,14 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         batch = read.to(job.world.device)
         seed_device(job.world.device, derive(job.seed, "slot", step, slot))
         with job.world.accumulating(job.model, is_last=slot == slots[-1]):
-            logits = job.model(job.normalize(batch.images))
-            losses = job.objective(logits, Targets(batch.labels))
+            images, targets = job.mixing(job.normalize(batch.images), batch.labels, step=step, slot=slot)
+            logits = job.model(images)
+            losses = job.objective(logits, targets)
             if job.extra_checks:
                 _check_losses(read, losses, step)
             job.world.accelerator.backward((batch.weights * losses).sum() * scale)
         running.totals.update(
-            logits.detach(), losses.detach(), labels=batch.labels, weights=batch.weights, identities=batch.identities
+            logits.detach(), losses.detach(), labels=targets.labels, weights=batch.weights, identities=batch.identities
         )
     if job.extra_checks:
         _check_gradients(job.model, step)
@@ -162,7 +165,7 @@ def _show_progress(job: Job, running: Running, done: int, *, eta_s: float) -> No
     epoch = (done - 1) // job.plan.steps_per_epoch + 1
     facts = {
         "loss": f"{metrics.loss:.4f}",
-        "top-1": f"{100 * metrics.top1:.1f} %",
+        "top-1 (dominant)" if job.mixing.acts_at(done - 1) else "top-1": f"{100 * metrics.top1:.1f} %",
         "images/s": f"{images_per_s:.1f}",
         "waiting": f"{100 * so_far.waited_ns / so_far.spent_ns:.0f} %",
         "ETA": f"{int(eta_s) // 3600}:{int(eta_s) // 60 % 60:02d}:{int(eta_s) % 60:02d}",
@@ -182,12 +185,13 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
     )
     speed = {"images_per_s": metrics.num_samples / so_far.train_s, "wait_fraction": so_far.waited_ns / so_far.spent_ns}
     skipped = {"skipped_steps": so_far.skipped_steps} if so_far.skipped_steps else {}
+    top1_label = {"top1_label": "dominant"} if job.mixing.acts_at(done - 1) else {}
     row = make_row(
         epoch=epoch,
         step=done,
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         learning_rate=job.schedule.learning_rate(done - 1),
-        train={**as_split_metrics(metrics, expected_samples=split.num_samples), **speed, **skipped},
+        train={**as_split_metrics(metrics, expected_samples=split.num_samples), **speed, **skipped, **top1_label},
         **_evaluate(job, epoch=epoch, done=done),
         digests=job.digests,
     )

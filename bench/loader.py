@@ -66,7 +66,7 @@ Loader = Callable[[Pictures, int], Iterator[Delivery]]
 def ours(pictures: Pictures, epoch: int) -> Iterator[Delivery]:
     """Ours: uint8 from the workers, normalised here, as the trainer does on the CPU."""
     plan = TrainPlan(pictures.split.shard_sizes, SEED, MICRO_BATCH_SIZE, MICRO_BATCH_SIZE, 2**18)
-    transform = TrainTransform(IMAGE_SIZE, CROP_SCALE, CROP_RATIO, FLIP, "bilinear")
+    transform = TrainTransform(IMAGE_SIZE, CROP_SCALE, CROP_RATIO, FLIP, 0.0, "bilinear")
     normalize = Normalize(PixelConvention(MEAN, STD, "bilinear", 1.0), torch.device("cpu"))
     micro_batches = MicroBatches(pictures.split, plan, transform, seed=SEED)
     coordinates = [Coordinates(epoch, step, 0) for step in range(plan.steps_per_epoch)]

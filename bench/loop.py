@@ -19,6 +19,7 @@ from aplantida_dist.data.manifest import make_manifest
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.stream import Batch, Reading
 from aplantida_dist.metrics import Totals, compute
+from aplantida_dist.mixing import Unmixed
 from aplantida_dist.model import Normalize, build_model, build_optimizer, pixel_convention
 from aplantida_dist.objective import CrossEntropy
 from aplantida_dist.record import Record
@@ -156,13 +157,14 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         train_split=Split(Path("resident"), nothing),
         val_split=None,
         leaked=np.zeros(0, dtype=np.int64),
-        train_transform=TrainTransform(load.image_size, (1.0, 1.0), (1.0, 1.0), 0.0, "bilinear"),
+        train_transform=TrainTransform(load.image_size, (1.0, 1.0), (1.0, 1.0), 0.0, 0.0, "bilinear"),
         evaluation_transform=EvaluationTransform(load.image_size, 1.0, "bilinear"),
         reading=Reading(0, 1, pin_memory=False),
         record=Record(),
         digests={},
         num_classes=load.num_classes,
         seed=SEED,
+        mixing=Unmixed(),
         objective=CrossEntropy(label_smoothing=0.0),
         clip_norm=CLIP_NORM,
         log_every_steps=STEPS_A_BLOCK,

@@ -13,7 +13,7 @@ from aplantida_dist.data.decode import MAX_PIXELS, DecodeError, decode
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from tests.pictures import draw
 
-TRAIN = TrainTransform(32, (0.35, 1.0), (0.75, 1.3333), 0.5, "bicubic")
+TRAIN = TrainTransform(32, (0.35, 1.0), (0.75, 1.3333), 0.5, 0.0, "bicubic")
 
 
 def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
@@ -51,7 +51,7 @@ def test_half_of_the_pictures_are_flipped() -> None:
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[:, 20:] = 255
     content = encode(Image.fromarray(pixels), "PNG")
-    whole = TrainTransform(32, (1.0, 1.0), (1.0, 1.0), 0.5, "bilinear")
+    whole = TrainTransform(32, (1.0, 1.0), (1.0, 1.0), 0.5, 0.0, "bilinear")
     flipped = sum(bool(whole(content, seed)[16, 2, 0] > 128) for seed in range(400))
     assert 150 < flipped < 250
 

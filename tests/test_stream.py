@@ -17,7 +17,7 @@ from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
 from aplantida_dist.data.stream import Batch, MicroBatches, Reading, StreamError, stream
 from aplantida_dist.errors import UserError
 
-TRAIN = TrainTransform(32, (0.35, 1.0), (0.75, 1.3333), 0.5, "bicubic")
+TRAIN = TrainTransform(32, (0.35, 1.0), (0.75, 1.3333), 0.5, 0.0, "bicubic")
 STORED = EvaluationTransform(32, 0.9, "bicubic")
 
 

@@ -18,19 +18,24 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _CROP_ATTEMPTS = 10
+_ERASING_ATTEMPTS = 10
+_ERASED_AREA = (0.02, 1 / 3)
+_ERASED_LOG_RATIO = (math.log(0.3), -math.log(0.3))
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop (Szegedy et al. 2015, as in torchvision) and horizontal flip.
+    """Random resized crop (Szegedy et al. 2015, as in torchvision), horizontal flip, and random erasing (Zhong et al. 2017).
 
     crop_scale: share of the picture's area, smallest and largest. crop_ratio: width / height, drawn log-uniformly.
+    horizontal_flip and random_erasing are probabilities.
     """
 
     image_size: int
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     horizontal_flip: float
+    random_erasing: float
     interpolation: Interpolation
 
     def __call__(self, content: bytes, seed: int) -> Pixels:
@@ -41,7 +46,11 @@ class TrainTransform:
         resized = _resize(image, box, self.image_size, self.interpolation)
         is_flipped = random.random() < self.horizontal_flip
         # Pillow mirrors in 30 µs; copying an array with a negative stride takes 240.
-        return _pixels(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else resized)
+        picture = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else resized
+        # Drawn last, so that crop and flip are the same with and without it.
+        if random.random() < self.random_erasing:
+            _erase(picture, random)
+        return _pixels(picture)
 
     def _crop_box(self, width: int, height: int, random: Random) -> tuple[int, int, int, int]:
         """Draw a crop (left, upper, right, lower); after ten that do not fit, the largest central one of a legal ratio."""
@@ -75,6 +84,19 @@ class EvaluationTransform:
 
 
 Transform = TrainTransform | EvaluationTransform
+
+
+def _erase(image: Image.Image, random: Random) -> None:
+    """Fill a random rectangle with random pixels, in place; after ten that do not fit, none. Area and ratio as in timm."""
+    for _ in range(_ERASING_ATTEMPTS):
+        area = image.width * image.height * random.uniform(*_ERASED_AREA)
+        ratio = math.exp(random.uniform(*_ERASED_LOG_RATIO))
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < width < image.width and 0 < height < image.height:
+            left, upper = random.randint(0, image.width - width), random.randint(0, image.height - height)
+            noise = Image.frombytes("RGB", (width, height), random.randbytes(3 * width * height))
+            image.paste(noise, (left, upper))
+            return
 
 
 def _resize(
