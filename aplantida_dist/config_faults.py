@@ -121,6 +121,12 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield small, f"at most {large}, {show(values[large])}{reason}"
     if known("model.pretrained", "model.init_from") and values["model.pretrained"] and values["model.init_from"]:
         yield "model.pretrained", "false where model.init_from says what to begin with"
+    teachers, weights = "distillation.teachers", "distillation.teacher_weights"
+    if known(teachers, weights) and values[teachers] and len(values[weights]) not in (0, len(values[teachers])):
+        yield weights, f"one number for each of the {len(values[teachers])} of {teachers}, or none"
+    soft, label = "distillation.soft_share", "distillation.label_share"
+    if known(soft, label) and values[soft] == values[label] == 0:
+        yield label, f"above 0 where {soft} is 0, or nothing would be learned"
     every, metric, mode = "evaluation.every_epochs", "checkpoint.best_metric", "checkpoint.best_mode"
     if known(metric, every) and values[every] == 0 and values[metric].startswith("val."):
         yield metric, f"a metric of train, such as train.loss, where {every} is 0"

@@ -12,9 +12,13 @@ from aplantida_dist.loss import cross_entropy
 
 @dataclass(frozen=True)
 class Targets:
-    """What the pictures of a micro-batch are to be taken for. labels: int64 [b]; the totals count hits by them."""
+    """What the pictures of a micro-batch are to be taken for. labels: int64 [b]; the totals count hits by them.
+
+    teacher_logits: what each teacher made of the same pictures, float [b, its classes]; empty where there is no teacher.
+    """
 
     labels: Tensor
+    teacher_logits: tuple[Tensor, ...] = ()
 
 
 class Objective(Protocol):

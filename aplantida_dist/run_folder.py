@@ -100,6 +100,11 @@ def require_same_run(
         before, after = checkpoint.position.digests[name], digests[name]
         if before != after:
             changed.append(f"{name} was {_short(before)}, is {_short(after)} (another dataset or --max-samples)")
+    before, after = (str(found.get("teachers", "none")) for found in (checkpoint.position.digests, digests))
+    if before != after:
+        changed.append(
+            f"teachers was {_short(before)}, is {_short(after)} (other checkpoints, or their order; teachers.json names those of this run)"
+        )
     if changed:
         raise RunFolderError(
             f"{checkpoint.path}: cannot go on, because what decides the numbers has changed: {'; '.join(changed)}; "

@@ -25,6 +25,7 @@ from aplantida_dist.objective import Objective, Targets
 from aplantida_dist.record import EpochSoFar, Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.seeds import derive
+from aplantida_dist.teachers import Teachers
 from aplantida_dist.world import World, seed_device
 
 
@@ -53,6 +54,7 @@ class Job:
     num_classes: int
     seed: int
     objective: Objective
+    teachers: Teachers
     clip_norm: float | None
     log_every_steps: int
     checkpoint_every_steps: int | None
@@ -131,7 +133,7 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         seed_device(job.world.device, derive(job.seed, "slot", step, slot))
         with job.world.accumulating(job.model, is_last=slot == slots[-1]):
             logits = job.model(job.normalize(batch.images))
-            losses = job.objective(logits, Targets(batch.labels))
+            losses = job.objective(logits, Targets(batch.labels, job.teachers.look_at(batch.images)))
             if job.extra_checks:
                 _check_losses(read, losses, step)
             job.world.accelerator.backward((batch.weights * losses).sum() * scale)
