@@ -45,31 +45,46 @@ def open_ancestor(path: Path) -> Ancestor:
     try:
         if path.is_file():
             return _open_pt(path)
-        if (path / POSITION_FILE).is_file():
-            return _open_checkpoint(load_checkpoint(path))
-        if checkpoints_dir(path).is_dir():
-            return _open_checkpoint(resolve_checkpoint(path, "best"))
+        checkpoint = checkpoint_at(path)
+        if checkpoint is not None:
+            return Ancestor(
+                Descent(str(checkpoint.path), checkpoint.digest),
+                checkpoint.model_state(),
+                class_map_of(checkpoint),
+                checkpoint.lineage(),
+            )
     except CheckpointError as error:
         raise InitError(f"model.init_from: {error}") from error
-    found = "no run and no checkpoint in this folder" if path.is_dir() else "nothing is here"
     raise InitError(
-        f"model.init_from: {path}: {found}; name a run folder, a folder below its checkpoints/, or a .pt with {STATE_KEY!r}"
+        f"model.init_from: {path}: {what_is_at(path)}; name a run folder, a folder below its checkpoints/, or a .pt with {STATE_KEY!r}"
     )
 
 
-def _open_checkpoint(checkpoint: Checkpoint) -> Ancestor:
-    """A checkpoint with the class map of its run, which must be the one that it was trained with."""
+def checkpoint_at(path: Path) -> Checkpoint | None:
+    """The best checkpoint of a run folder, or the checkpoint whose folder this is, checked; None where there is neither."""
+    if (path / POSITION_FILE).is_file():
+        return load_checkpoint(path)
+    return resolve_checkpoint(path, "best") if checkpoints_dir(path).is_dir() else None
+
+
+def what_is_at(path: Path) -> str:
+    """What stands where a run or a checkpoint was looked for in vain."""
+    if path.is_file():
+        return "a file"
+    return "no run and no checkpoint in this folder" if path.is_dir() else "nothing is here"
+
+
+def class_map_of(checkpoint: Checkpoint) -> ClassMap | None:
+    """The class map of a checkpoint's run, which must be the one that it was trained with; None where there is none beside it."""
     classes_path = checkpoint.path.parent.parent / CLASSES_FILE
     class_map = load_class_map(classes_path) if classes_path.is_file() else None
     recorded = checkpoint.position.digests.get("class_map")
     if class_map is not None and class_map.digest != recorded:
-        raise InitError(
-            f"model.init_from: {classes_path} is not the class map of {checkpoint.path} (its digest is {class_map.digest[:12]}, "
+        raise CheckpointError(
+            f"{classes_path} is not the class map of {checkpoint.path} (its digest is {class_map.digest[:12]}, "
             f"the checkpoint's {str(recorded)[:12]}); put the run's own classes.json there"
         )
-    return Ancestor(
-        Descent(str(checkpoint.path), checkpoint.digest), checkpoint.model_state(), class_map, checkpoint.lineage()
-    )
+    return class_map
 
 
 def _open_pt(path: Path) -> Ancestor:

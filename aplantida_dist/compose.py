@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from aplantida_dist import __version__
@@ -19,6 +20,7 @@ from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import TrainPlan
 from aplantida_dist.data.stream import Reading
+from aplantida_dist.distillation import Distillation, share_classes
 from aplantida_dist.ema import Ema, build_ema
 from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
@@ -35,6 +37,7 @@ from aplantida_dist.run_folder import checkpoints_dir, find_checkpoint, prepare_
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.status import Status
 from aplantida_dist.strict_yaml import dump_yaml
+from aplantida_dist.teachers import Teacher, coverage_line, digest_of, open_teacher, seat, write_teachers
 from aplantida_dist.trainer import Job, Running
 from aplantida_dist.world import World
 
@@ -71,6 +74,7 @@ class _Ground:
     model: nn.Module
     checkpoint: Checkpoint | None
     beginning: Beginning | None
+    teachers: tuple[Teacher, ...]
     digests: dict[str, str]
 
     @property
@@ -90,6 +94,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         val_split=ground.val_split,
         checkpoint=ground.checkpoint,
         beginning=ground.beginning,
+        teachers=[(teacher.descent, teacher.lineage) for teacher in ground.teachers],
         pretrained=config.model.name if config.model.pretrained else None,
         allow_leak=request.allow_leak,
     )
@@ -138,7 +143,8 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         num_classes=ground.class_map.num_classes,
         seed=config.seed,
         mixing=_mixing(config, ground.plan),
-        objective=_objective(config),
+        objective=_taught(_objective(config), config, ground, world.device),
+        teachers=seat(ground.teachers, world),
         clip_norm=config.train.clip_norm,
         log_every_steps=config.train.log_every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
@@ -147,7 +153,8 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         extra_checks=request.extra_checks,
     )
     world.agree_across_ranks(config.require_all_read)
-    return Training(job, ground.start_step, running, origin.lines)
+    teacher_lines = [coverage_line(teacher, image_size=config.data.image_size) for teacher in ground.teachers]
+    return Training(job, ground.start_step, running, (*origin.lines, *teacher_lines))
 
 
 def reading_of(config: Config, world: World) -> Reading:
@@ -178,6 +185,9 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
         "train_manifest": train_split.digest,
         **({} if val_split is None else {"val_manifest": val_split.digest}),
     }
+    teachers = _open_teachers(config, dataset.class_map, train_split)
+    if teachers:
+        digests["teachers"] = digest_of(teachers)
     checkpoint = find_checkpoint(request.run_dir, request.resume, warn=_warn if world.is_main else _keep_silent)
     if checkpoint is not None:
         require_same_run(
@@ -204,7 +214,41 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
         micro_batch_size=config.train.micro_batch_size,
         block_samples=config.data.block_samples,
     )
-    return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, beginning, digests)
+    return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, beginning, teachers, digests)
+
+
+def _open_teachers(config: Config, class_map: ClassMap, train_split: Split) -> tuple[Teacher, ...]:
+    """The teachers that the config names, with their weights; these, and all else of distillation, are read only where there are some."""
+    paths = config.distillation.teachers
+    if not paths:
+        return ()
+    weights = config.distillation.teacher_weights or (1.0,) * len(paths)
+    return tuple(
+        open_teacher(
+            Path(path),
+            weight=weight / sum(weights),
+            class_map=class_map,
+            train_split=train_split,
+            build=lambda own, num_classes: model_of(own, num_classes=num_classes, pretrained=False),
+        )
+        for path, weight in zip(paths, weights, strict=True)
+    )
+
+
+def _taught(label_objective: Objective, config: Config, ground: _Ground, device: torch.device) -> Objective:
+    """The label loss alone, or beside it what the teachers say."""
+    if not ground.teachers:
+        return label_objective
+    return Distillation(
+        label_objective=label_objective,
+        teachers=tuple(
+            share_classes(teacher.class_map, ground.class_map, device=device) for teacher in ground.teachers
+        ),
+        weights=tuple(teacher.weight for teacher in ground.teachers),
+        temperature=config.distillation.temperature,
+        soft_share=config.distillation.soft_share,
+        label_share=config.distillation.label_share,
+    )
 
 
 def _open_ema(config: Config, ground: _Ground, *, world: World) -> Ema | None:
@@ -295,6 +339,8 @@ def _open_record(
     prepare_run_folder(request.run_dir, config_yaml=dump_yaml(config.to_dict()), class_map=ground.class_map)
     if ground.beginning is not None:
         write_beginning(request.run_dir, ground.beginning)
+    if ground.teachers:
+        write_teachers(request.run_dir, ground.teachers)
     run_id = new_run_id() if ground.checkpoint is None else ground.checkpoint.position.wandb_run_id
     history = History(request.run_dir)
     cut = history.cut_after(ground.start_step)

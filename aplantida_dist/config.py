@@ -14,6 +14,7 @@ from aplantida_dist.strict_yaml import show, together
 FREE = frozenset(
     {
         "data.dataset",  # the manifests' digests identify the data, wherever it lies
+        "distillation.teachers",  # likewise, by the digests of their checkpoints
         *("data.num_workers", "data.prefetch_micro_batches"),
         *("train.epochs", "train.log_every_steps", "train.timeout_s", "evaluation.every_epochs"),
         *("checkpoint", "report"),
@@ -194,6 +195,24 @@ class LossSection(Section):
     """Share of the target that is spread over all classes, in [0, 1). Source: Szegedy et al. 2016."""
 
 
+class DistillationSection(Section):
+    """Which frozen teachers a student learns from beside its labels (Hinton et al. 2015); without teachers none of it is read."""
+
+    teachers: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Run folders (their best checkpoints) or folders below their checkpoints/; empty learns from the labels alone.
+
+    Classes are matched by name. A resumed run reads them again: they may have moved, but must be the same checkpoints.
+    """
+    teacher_weights: Annotated[tuple[Ratio, ...], Field(strict=False)] = ()
+    """How much each teacher counts beside the others, one number above 0 for each; empty counts them alike."""
+    temperature: Ratio = 3.0
+    """What logits are divided by before the softmax of teacher and student, above 0. Source: the first trainer's T."""
+    soft_share: Share = 0.7
+    """Weight of T² · KL(teacher ‖ student), in [0, 1]. Source: the first trainer's alpha."""
+    label_share: Share = 0.3
+    """Weight of the label loss, in [0, 1]. Source: the first trainer's beta."""
+
+
 class TrainSection(Section):
     """How long, in which portions, how precisely."""
 
@@ -268,6 +287,7 @@ class Config(Section):
     schedule: ScheduleSection
     mixing: MixingSection
     loss: LossSection
+    distillation: DistillationSection
     train: TrainSection
     ema: EmaSection
     evaluation: EvaluationSection

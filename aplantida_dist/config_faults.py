@@ -126,6 +126,12 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield off, f"fewer than {epochs}, {values[epochs]}"
     if known(micro, *_ALPHAS) and values[micro] == 1 and any(values[name] for name in _ALPHAS):
         yield micro, f"at least 2 where {' or '.join(_ALPHAS)} mixes the pictures of a micro-batch"
+    teachers, weights = "distillation.teachers", "distillation.teacher_weights"
+    if known(teachers, weights) and values[teachers] and len(values[weights]) not in (0, len(values[teachers])):
+        yield weights, f"one number for each of the {len(values[teachers])} of {teachers}, or none"
+    soft, label = "distillation.soft_share", "distillation.label_share"
+    if known(soft, label) and values[soft] == values[label] == 0:
+        yield label, f"above 0 where {soft} is 0, or nothing would be learned"
     every, metric, mode = "evaluation.every_epochs", "checkpoint.best_metric", "checkpoint.best_mode"
     if known(metric, every) and values[every] == 0 and not values[metric].startswith("train."):
         yield metric, f"a metric of train, such as train.loss, where {every} is 0"

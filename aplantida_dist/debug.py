@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from aplantida_dist.config import Change, Config, changes, flat
+from aplantida_dist.config import Change, Config, DistillationSection, changes, flat
 from aplantida_dist.config_file import load_config
 from aplantida_dist.strict_yaml import show
 
@@ -44,6 +44,9 @@ def debug_overrides(config: Config, *, fixed: Collection[str] = ()) -> dict[str,
         "evaluation.micro_batch_size": micro,
         "report.wandb": "disabled",
     }
+    if not {"distillation", "distillation.teachers"} & set(fixed):
+        # Without teachers nothing of the section is read.
+        small |= {f"distillation.{name}": field.default for name, field in DistillationSection.model_fields.items()}
     return {name: value for name, value in small.items() if name not in fixed}
 
 

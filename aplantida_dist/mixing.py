@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from aplantida_dist.objective import Targets
@@ -14,13 +15,13 @@ from aplantida_dist.seeds import derive
 
 
 class Mixing(Protocol):
-    """What is done to a micro-batch between normalizing and the model. What a slot gets depends on (seed, step, slot) alone."""
+    """What is done to a micro-batch before it is normalized, so that teachers see what the student sees. What a slot gets depends on (seed, step, slot) alone."""
 
     def acts_at(self, step: int) -> bool:
         """Whether micro-batches of this step may be mixed, so that its hits are counted by the dominant label."""
 
     def __call__(self, images: Tensor, labels: Tensor, *, step: int, slot: int) -> tuple[Tensor, Targets]:
-        """Mix a micro-batch in place: images float [b, 3, h, w]; labels int64 [b]."""
+        """Mix a micro-batch: images uint8 [b, 3, h, w], labels int64 [b]; mixed images are float32, still 0 … 255."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class MixupCutmix:
         mix = self.draw(len(labels), height=images.shape[2], width=images.shape[3], step=step, slot=slot)
         if mix is None:
             return images, Targets(labels)
+        images = images.to(torch.float32, copy=True)
         if mix.box is None:
             images.lerp_(images.roll(mix.shift, 0), 1.0 - mix.share)
         else:

@@ -88,7 +88,7 @@ def pixel_convention(model: nn.Module) -> PixelConvention:
 
 
 class Normalize(nn.Module):
-    """uint8 images [b, 3, h, w] → float32, (x / 255 − mean) / std a channel, on the device that they are on."""
+    """Images [b, 3, h, w], uint8 or float32 of 0 … 255, left as they are → float32, (x / 255 − mean) / std a channel, on the device that they are on."""
 
     def __init__(self, pixels: PixelConvention, device: torch.device) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Normalize(nn.Module):
         self.std = torch.tensor(pixels.std, device=device).mul(255.0).view(1, 3, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.contiguous().to(torch.float32).sub_(self.mean).div_(self.std)
+        return images.contiguous().to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
 
 
 def build_optimizer(

@@ -16,12 +16,13 @@ class Targets:
     """What the pictures of a micro-batch are to be taken for. labels: int64 [b]; the totals count hits by them.
 
     Where pictures are mixed, partners: int64 [b] are the other pictures' labels, and `labels` the dominant ones: they have the
-    larger share, 0.5 to 1.
+    larger share, 0.5 to 1. teacher_logits: what each teacher made of the same pictures, float [b, its classes]; empty without any.
     """
 
     labels: Tensor
     partners: Tensor | None = None
     share: float = 1.0
+    teacher_logits: tuple[Tensor, ...] = ()
 
     def blend(self, losses_of: Callable[[Tensor], Tensor]) -> Tensor:
         """The losses of the labels and of the partners by their shares, as mixup's authors take it; returns [b].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +10,11 @@ import numpy as np
 from aplantida_dist.checkpoint import Checkpoint
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.init_from import Beginning, account_lines
-from aplantida_dist.lineage import Identities, LeakError, Lineage, descend
+from aplantida_dist.lineage import Descent, Identities, LeakError, Lineage, descend
 from aplantida_dist.world import World
 
+Parents = Sequence[tuple[Descent, Lineage]]
+"""Whom weights begin with or learn from, each with what it was trained on."""
 NO_IDENTITIES: Identities = np.zeros(0, dtype=np.int64)
 
 
@@ -35,6 +38,7 @@ def trace_origin_across_ranks(
     val_split: Split | None,
     checkpoint: Checkpoint | None,
     beginning: Beginning | None,
+    teachers: Parents,
     pretrained: str | None,
     allow_leak: bool,
 ) -> Origin:
@@ -45,7 +49,9 @@ def trace_origin_across_ranks(
     """
     lineage = world.agree_across_ranks(
         lambda: (
-            lineage_of_run(train_split, checkpoint, beginning, pretrained) if world.is_main else Lineage(NO_IDENTITIES)
+            lineage_of_run(train_split, checkpoint, beginning, pretrained, teachers)
+            if world.is_main
+            else Lineage(NO_IDENTITIES)
         )
     )
     leaked = NO_IDENTITIES
@@ -54,7 +60,10 @@ def trace_origin_across_ranks(
     if val_split is not None:
         leaked = world.learn_from_main_across_ranks(lambda: lineage.among(val_split.identities))
     if val_split is not None and len(leaked):
-        fact = world.learn_from_main_across_ranks(lambda: _leak_of_run(leaked, val_split, train_split, lineage))
+        taught_by = [descent for descent, _ in teachers]
+        fact = world.learn_from_main_across_ranks(
+            lambda: _leak_of_run(leaked, val_split, train_split, lineage, taught_by)
+        )
         if not allow_leak:
             raise world.told_by_main(leak_error(fact))
         lines.append(f"warning: {fact}; each row shows val whole and its clean part, and best goes by the clean part")
@@ -62,14 +71,18 @@ def trace_origin_across_ranks(
 
 
 def lineage_of_run(
-    train_split: Split, checkpoint: Checkpoint | None, beginning: Beginning | None, pretrained: str | None
+    train_split: Split,
+    checkpoint: Checkpoint | None,
+    beginning: Beginning | None,
+    pretrained: str | None,
+    teachers: Parents = (),
 ) -> Lineage:
     """The lineage as the checkpoint to go on from recorded it, or that of a run that begins. For the main process."""
     if checkpoint is not None and checkpoint.position.lineage is not None:
         return checkpoint.lineage()
     parents = [] if beginning is None else [(beginning.descent, beginning.lineage)]
     unknown = [] if pretrained is None else [f"timm's pretrained weights of {pretrained}"]
-    return descend(train_split.identities, parents, unknown=unknown)
+    return descend(train_split.identities, [*parents, *teachers], unknown=unknown)
 
 
 def leak_error(fact: str) -> LeakError:
@@ -95,13 +108,18 @@ def unknown_lines(lineage: Lineage) -> list[str]:
     ]
 
 
-def _leak_of_run(leaked: Identities, val_split: Split, train_split: Split, lineage: Lineage) -> str:
-    """Who was trained on the leaked samples: this run's own train split, or the run that it began with."""
+def _leak_of_run(
+    leaked: Identities, val_split: Split, train_split: Split, lineage: Lineage, taught_by: Sequence[Descent]
+) -> str:
+    """Who was trained on the leaked samples: this run's own train split, or the run that it began with, or a teacher."""
     num_own = int(np.isin(leaked, train_split.identities).sum())
     own = "in this run's own train split"
-    inherited = f"by {lineage.ancestors[0].path} (init_from)" if lineage.ancestors else ""
+    inherited = ""
+    if lineage.ancestors:
+        nearest = lineage.ancestors[0]
+        inherited = f"by {nearest.path} ({'a teacher' if nearest in taught_by else 'init_from'})"
     if len(lineage.ancestors) > 1:
-        inherited += " or what it began with"
+        inherited += " or one of the other teachers or ancestors" if taught_by else " or what it began with"
     if num_own == 0:
         return leak_text(leaked, val_split, by=inherited)
     if num_own == len(leaked):

@@ -105,6 +105,11 @@ def require_same_run(
         old, new = checkpoint.position.digests[name], digests[name]
         if old != new:
             changed.append(f"{name} was {_short(old)}, is {_short(new)} (another dataset or --max-samples)")
+    old, new = (str(found.get("teachers", "none")) for found in (checkpoint.position.digests, digests))
+    if old != new:
+        changed.append(
+            f"teachers was {_short(old)}, is {_short(new)} (other checkpoints, or their order; teachers.json names those of this run)"
+        )
     if changed:
         raise RunFolderError(
             f"{checkpoint.path}: cannot go on, because what decides the numbers has changed: {'; '.join(changed)}; "

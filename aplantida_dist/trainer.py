@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,6 +27,7 @@ from aplantida_dist.objective import Objective
 from aplantida_dist.record import EpochSoFar, Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.seeds import derive
+from aplantida_dist.teachers import Teachers
 from aplantida_dist.world import World, seed_device
 
 
@@ -57,6 +58,7 @@ class Job:
     seed: int
     mixing: Mixing
     objective: Objective
+    teachers: Teachers
     clip_norm: float | None
     log_every_steps: int
     checkpoint_every_steps: int | None
@@ -134,9 +136,9 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         batch = read.to(job.world.device)
         seed_device(job.world.device, derive(job.seed, "slot", step, slot))
         with job.world.accumulating(job.model, is_last=slot == slots[-1]):
-            images, targets = job.mixing(job.normalize(batch.images), batch.labels, step=step, slot=slot)
-            logits = job.model(images)
-            losses = job.objective(logits, targets)
+            pixels, targets = job.mixing(batch.images, batch.labels, step=step, slot=slot)
+            logits = job.model(job.normalize(pixels))
+            losses = job.objective(logits, replace(targets, teacher_logits=job.teachers.look_at(pixels)))
             if job.extra_checks:
                 _check_losses(read, losses, step)
             job.world.accelerator.backward((batch.weights * losses).sum() * scale)

@@ -24,6 +24,7 @@ from aplantida_dist.model import Normalize, build_model, build_optimizer, pixel_
 from aplantida_dist.objective import CrossEntropy
 from aplantida_dist.record import Record
 from aplantida_dist.schedule import Schedule
+from aplantida_dist.teachers import Teachers
 from aplantida_dist.trainer import Job, Running, run_step
 from aplantida_dist.world import World
 from bench.finding import Finding, Goal, compare, cpu_ms_of, interleave
@@ -166,6 +167,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         seed=SEED,
         mixing=Unmixed(),
         objective=CrossEntropy(label_smoothing=0.0),
+        teachers=Teachers(()),
         clip_norm=CLIP_NORM,
         log_every_steps=STEPS_A_BLOCK,
         checkpoint_every_steps=None,

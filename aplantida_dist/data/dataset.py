@@ -91,6 +91,14 @@ class Split:
     def num_samples(self) -> int:
         return int(self.shard_sizes.sum())
 
+    def counts_of_classes(self, num_classes: int) -> list[int]:
+        """Samples of each class index: as the manifest counts them or, of a limited split, the indexes of its shards."""
+        if not self.is_limited:
+            return self.manifest.counts_of_classes(num_classes)
+        labels = [self.read_index(i)["label"][:size] for i, size in enumerate(self.shard_sizes) if size]
+        counts: list[int] = np.bincount(np.concatenate(labels), minlength=num_classes).tolist()
+        return counts
+
     @property
     def is_limited(self) -> bool:
         return self.num_samples < self.manifest.num_samples
