@@ -156,7 +156,9 @@ def test_the_loss_is_that_of_float32(dtype: torch.dtype) -> None:
 def test_pictures_are_resized_as_pil_does(side: int, interpolation: str) -> None:
     """Smaller with antialiasing, or larger: within two roundings of PIL's; of the same size, untouched; never beyond a byte."""
     noise = np.array(Image.open(io.BytesIO(draw(5, width=36, height=36))))
-    pale = (noise // 2 + 64).astype(np.uint8)  # PIL clips between its two passes, which this keeps out of the comparison
+    pale = (noise // 2 + 64).astype(
+        np.uint8
+    )  # PIL clips between its two passes, which this keeps out of the comparison
     resized = resize(torch.from_numpy(pale).permute(2, 0, 1)[None], side=side, interpolation=interpolation)
     expected = Image.fromarray(pale).resize((side, side), getattr(Image.Resampling, interpolation.upper()))
     difference = resized[0].permute(1, 2, 0).numpy() - np.array(expected, dtype=np.float32)
@@ -418,9 +420,16 @@ def test_the_shipped_student_has_the_originals_settings_and_runs_small_without_i
     assert (settings.soft_share, settings.label_share, settings.temperature) == (0.7, 0.3, 3.0)
     assert settings.teachers == ("runs/teacher_global", "runs/teacher_regional")
     said = train(
-        path, tmp_path / "run", "--debug", f"data.dataset={dataset_dir}", "data.image_size=32", "train.epochs=2", "--max-samples", "20"
+        path,
+        tmp_path / "run",
+        "--debug",
+        f"data.dataset={dataset_dir}",
+        "data.image_size=32",
+        "train.epochs=2",
+        "--max-samples",
+        "20",
     )
-    assert "--debug: distillation.teachers = [] (was [runs/teacher_global, runs/teacher_regional])" in said
+    assert '--debug: distillation.teachers = [] (was ["runs/teacher_global", "runs/teacher_regional"])' in said
     assert not (tmp_path / "run" / "teachers.json").exists()
 
 
