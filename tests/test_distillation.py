@@ -429,7 +429,7 @@ def test_the_shipped_student_has_the_originals_settings_and_runs_small_without_i
         "--max-samples",
         "20",
     )
-    assert "--debug: distillation.teachers = [] (was [runs/teacher_global, runs/teacher_regional])" in said
+    assert '--debug: distillation.teachers = [] (was ["runs/teacher_global", "runs/teacher_regional"])' in said
     assert not (tmp_path / "run" / "teachers.json").exists()
 
 
