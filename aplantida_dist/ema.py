@@ -21,15 +21,16 @@ class Ema:
     are each rank's own, and evaluation and checkpoint take the main process's, as they do of the model itself.
     """
 
+    trained: nn.Module
     average: ModelEmaV3
     model: nn.Module
 
-    def update(self, model: nn.Module, *, completed_steps: int) -> None:
-        """Move towards the weights of a bare model after so many completed updates, at least 1, without waiting for the device."""
-        self.average.update(model, step=completed_steps)
+    def update(self, *, completed_steps: int) -> None:
+        """Move towards the trained model's weights after so many completed updates, at least 1, without waiting for the device."""
+        self.average.update(self.trained, step=completed_steps)
 
 
 def build_ema(model: nn.Module, *, world: World, decay: float, warmup: bool) -> Ema:
-    """Begin an average of a bare model that `World.prepare` has not seen: its forward would lead a copy back to the original."""
+    """Begin to average a bare model, before `World.prepare` sees it: a copy of the forward that it makes would run the original."""
     average = ModelEmaV3(model, decay=decay, use_warmup=warmup)
-    return Ema(average, world.prepare_for_evaluation(average.module))
+    return Ema(model, average, world.prepare_for_evaluation(average.module))

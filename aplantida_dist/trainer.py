@@ -152,7 +152,7 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
     job.optimizer.step()
     running.skipped_steps += bool(job.optimizer.step_was_skipped)
     if job.ema is not None and not job.optimizer.step_was_skipped:
-        job.ema.update(job.world.unwrap(job.model), completed_steps=step + 1)
+        job.ema.update(completed_steps=step + 1)
     job.optimizer.zero_grad()
     spent_ns = time.perf_counter_ns() - started_ns
     running.spent_ns += spent_ns

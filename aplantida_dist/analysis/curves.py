@@ -30,8 +30,9 @@ class Curves:
     """One run as its history tells it: every series is as long as `epochs`.
 
     `clean` are the val curves over the samples that were not trained on, and `leaked` counts the others; both are empty where
-    nothing has leaked. `ema` are those of the averaged weights over the samples that the run is judged by; empty where it kept none. `rows` is our own record and empty for the files of other trainers. `column_lengths` is what a columns file held
-    before it was filled up with None. `unreadable` names the values that were no numbers.
+    nothing has leaked. `ema` are those of the averaged weights over the samples that the run is judged by; empty where it kept none.
+    `rows` is our own record and empty for the files of other trainers. `column_lengths` is what a columns file held before it was
+    filled up with None. `unreadable` names the values that were no numbers.
     """
 
     name: str
