@@ -43,8 +43,9 @@ class CheckpointError(UserError):
 class Position:
     """Where a run stands and what it stands on: position.json. `step` counts completed updates; all else follows from it.
 
-    The last four tell of the running epoch so far: the main process's seconds in it, the nanoseconds that all ranks spent and
-    of them waited for data, and the steps that the fp16 scaler skipped.
+    From train_s on it tells of the running epoch so far: the main process's seconds in it, the nanoseconds that all ranks spent
+    and of them waited for data, the steps that the fp16 scaler skipped, and those left out because they were not finite; of
+    these also the number in the whole run, which train.nonfinite_budget bounds.
     """
 
     step: int
@@ -60,6 +61,8 @@ class Position:
     spent_ns: int
     waited_ns: int
     skipped_steps: int
+    nonfinite_steps: int
+    nonfinite_steps_of_run: int
     lineage: Mapping[str, Any] | None
     """`Lineage.facts`, whose identities lie beside in seen.npy; None in a checkpoint of format 1, which recorded none."""
 
@@ -172,7 +175,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: {name} has changed since it was written (its sha256 differs); choose another checkpoint"
             )
-    fields = {"lineage": None} | {key: value for key, value in content.items() if key not in ("format", "files")}
+    older = {"lineage": None, "nonfinite_steps": 0, "nonfinite_steps_of_run": 0}
+    fields = older | {key: value for key, value in content.items() if key not in ("format", "files")}
     return Checkpoint(path, Position(**fields), has_ema=EMA_FILE in content["files"])
 
 

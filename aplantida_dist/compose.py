@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,12 +22,14 @@ from aplantida_dist.data.plan import TrainPlan
 from aplantida_dist.data.stream import Reading
 from aplantida_dist.distillation import Distillation, share_classes
 from aplantida_dist.ema import Ema, build_ema
+from aplantida_dist.errors import UserError
 from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.metrics import Totals
 from aplantida_dist.mixing import Mixing, MixupCutmix, Unmixed
 from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
+from aplantida_dist.nonfinite import NonFinitePolicy, Watch
 from aplantida_dist.objective import BinaryCrossEntropy, CrossEntropy, Objective
 from aplantida_dist.origin import trace_origin_across_ranks
 from aplantida_dist.progress import open_progress
@@ -36,6 +38,7 @@ from aplantida_dist.report import new_run_id, open_report
 from aplantida_dist.run_folder import checkpoints_dir, find_checkpoint, prepare_run_folder, require_same_run
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.status import Status
+from aplantida_dist.stopping import Stopping
 from aplantida_dist.strict_yaml import dump_yaml
 from aplantida_dist.teachers import Teacher, coverage_line, digest_of, open_teacher, seat, write_teachers
 from aplantida_dist.trainer import Job, Running
@@ -124,6 +127,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         )
     )
     train_transform, evaluation_transform = _transforms(config, pixels)
+    stopping = _stopping(config)
     job = Job(
         world=world,
         model=model,
@@ -146,15 +150,25 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         objective=_taught(_objective(config), config, ground, world.device),
         teachers=seat(ground.teachers, world),
         clip_norm=config.train.clip_norm,
+        nonfinite=_nonfinite_policy(config),
+        stopping=stopping,
+        metrics_to_hold=(config.checkpoint.best_metric, *([] if stopping is None else [stopping.metric])),
         log_every_steps=config.train.log_every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
         evaluate_every_epochs=config.evaluation.every_epochs,
-        evaluation_micro_batch_size=config.evaluation.micro_batch_size,
+        evaluation_micro_batch_size=decided(config.evaluation.micro_batch_size),
         extra_checks=request.extra_checks,
     )
     world.agree_across_ranks(config.require_all_read)
     teacher_lines = [coverage_line(teacher, image_size=config.data.image_size) for teacher in ground.teachers]
     return Training(job, ground.start_step, running, (*origin.lines, *teacher_lines))
+
+
+def decided(micro_batch_size: int | Literal["auto"]) -> int:
+    """A micro-batch size as the plan needs it: `auto` has become a number before anything is put together."""
+    if micro_batch_size == "auto":
+        raise UserError("micro_batch_size is auto, which `aplantida_dist.train` alone decides; write a number")
+    return micro_batch_size
 
 
 def reading_of(config: Config, world: World) -> Reading:
@@ -211,7 +225,7 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
         shard_sizes=train_split.shard_sizes,
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
+        micro_batch_size=decided(config.train.micro_batch_size),
         block_samples=config.data.block_samples,
     )
     return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, beginning, teachers, digests)
@@ -267,7 +281,8 @@ def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimize
     unpack_optimizer(world.unwrap(model), optimizer.optimizer, checkpoint)
     if position.scaler and world.accelerator.scaler is not None:
         world.accelerator.scaler.load_state_dict(dict(position.scaler))
-    running.train_s, running.skipped_steps = position.train_s, position.skipped_steps
+    running.train_s = position.train_s
+    running.watch = Watch(position.skipped_steps, position.nonfinite_steps, position.nonfinite_steps_of_run)
     if world.is_main:
         running.totals.merge(checkpoint.totals())
         running.spent_ns, running.waited_ns = position.spent_ns, position.waited_ns
@@ -307,6 +322,21 @@ def _objective(config: Config) -> Objective:
             return CrossEntropy(label_smoothing=config.loss.label_smoothing)
         case "binary_cross_entropy":
             return BinaryCrossEntropy(label_smoothing=config.loss.label_smoothing)
+
+
+def _nonfinite_policy(config: Config) -> NonFinitePolicy:
+    """What to do about a step that is not finite. Where it stops the run there is no budget, and none is read."""
+    action = config.train.on_nonfinite
+    return NonFinitePolicy(action, config.train.nonfinite_budget if action == "skip" else 0)
+
+
+def _stopping(config: Config) -> Stopping | None:
+    """When to stop early; None where no patience is given, and then nothing else of the section is read."""
+    patience_epochs = config.stopping.patience_epochs
+    if patience_epochs is None:
+        return None
+    settings = config.stopping
+    return Stopping(settings.metric, settings.mode, patience_epochs, settings.min_delta)
 
 
 def _transforms(config: Config, pixels: PixelConvention) -> tuple[TrainTransform, EvaluationTransform]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ FREE = frozenset(
         "distillation.teachers",  # likewise, by the digests of their checkpoints
         *("data.num_workers", "data.prefetch_micro_batches"),
         *("train.epochs", "train.log_every_steps", "train.timeout_s", "evaluation.every_epochs"),
+        *("train.on_nonfinite", "train.nonfinite_budget", "stopping"),  # a run that stopped may go on with `skip`
         *("checkpoint", "report"),
     }
 )
@@ -52,7 +54,14 @@ def _metric(name: str) -> str:
     split, _, metric = name.partition(".")
     if split not in ("train", "val", "val_ema") or metric not in ("loss", "top1", "top5", "macro_top1"):
         raise ValueError("train or val (or val_ema), a point, and loss, top1, top5 or macro_top1")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+", name):
+        raise ValueError("names with points between, as a row of the history nests them, such as val.macro_top1")
     return name
+
+
+def is_loss(metric: str) -> bool:
+    """Whether a metric is better when it is smaller, as its name tells: `val.loss`, `ema.clean.loss`."""
+    return metric.rpartition(".")[2].endswith("loss")
 
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -60,6 +69,7 @@ Area = Annotated[float, Field(gt=0.0, le=1.0)]
 Ratio = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
+Metric = Annotated[str, AfterValidator(_metric)]
 Arguments = Mapping[str, Annotated[Any, AfterValidator(_argument)]]
 
 
@@ -220,12 +230,28 @@ class TrainSection(Section):
     """Passes over the train split; at least 1."""
     global_batch_size: Count
     """Samples a step, over all ranks; at least 1."""
-    micro_batch_size: Count
-    """Samples that are forwarded at once; at least 1, and global_batch_size is a multiple of it."""
+    micro_batch_size: Count | Literal["auto"]
+    """Samples that are forwarded at once; at least 1, and global_batch_size is a multiple of it.
+
+    auto tries on the GPUs which is the largest that fits into their memory (`batch_size.py`). The run's config.yaml then holds
+    the number, and a resumed run takes it from its checkpoint: it decides which samples are forwarded together.
+    """
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of the forward and backward pass; weights stay fp32, and fp16 scales its loss."""
+    """Number format of the forward and backward pass; weights stay fp32, and fp16 scales its loss.
+
+    A step whose gradient overflows in fp16 leaves the weights as they are. It is counted (skipped_steps in the row, and on the
+    screen) and keeps its place in the schedule, which is a function of the step's number. Source: Micikevicius et al. 2018.
+    """
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     """Largest norm of a step's gradient, above 0; null does not clip. Source: Pascanu et al. 2013."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens at a step with a loss or gradient that is NaN, infinite or too large: stop the run, or leave the step out.
+
+    Either way nonfinite_step_N.json in the run folder names its samples. What is left out is its update; its samples are void
+    in the row, which counts such steps as nonfinite_steps. `skip` waits for the device once a step, `stop` never does.
+    """
+    nonfinite_budget: Count = 3
+    """Steps that `skip` may leave out in the whole run, at least 1; one more stops it. `stop` does not read it."""
     log_every_steps: Count = 10
     """Steps between two lines of progress; at least 1."""
     timeout_s: Count = 600
@@ -246,8 +272,21 @@ class EvaluationSection(Section):
 
     every_epochs: Annotated[int, Field(ge=0)] = 1
     """Epochs from one evaluation to the next, at most train.epochs; 0 never evaluates."""
-    micro_batch_size: Count
-    """Samples that are forwarded at once; at least 1. Left out, it is train.micro_batch_size."""
+    micro_batch_size: Count | Literal["auto"]
+    """Samples that are forwarded at once; at least 1. Left out, or auto, it is train.micro_batch_size."""
+
+
+class StoppingSection(Section):
+    """Whether a run ends before train.epochs, because it no longer becomes better. Source: Prechelt 1998."""
+
+    patience_epochs: Count | None = None
+    """Epochs without a better value after which the run ends, at least 1, when their row and checkpoint are written; null never ends it."""
+    metric: Metric = "val.top1"
+    """Metric that is to become better: its dotted name in a row of the history, as for checkpoint.best_metric."""
+    mode: Literal["max", "min"] = "max"
+    """Whether a larger or a smaller value of stopping.metric is better."""
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """A value is better by more than this, at least 0, or it is not; in the metric's unit, so 0.001 is 0.1 % of top1."""
 
 
 class CheckpointSection(Section):
@@ -257,8 +296,11 @@ class CheckpointSection(Section):
     """Steps between two checkpoints within an epoch, at least 1; null saves at the end of epochs only."""
     keep_last: Count = 2
     """Newest checkpoints that are kept, at least 1; the best one is kept besides."""
-    best_metric: Annotated[str, AfterValidator(_metric)] = "val.top1"
-    """Metric that chooses the best checkpoint: split.name, as in a row of the history; val_ema.name is the EMA's."""
+    best_metric: Metric = "val.top1"
+    """Metric that chooses the best checkpoint: the dotted name of any number in a row of the history, such as train.loss.
+
+    A name that the first row does not hold is an error that names those it does.
+    """
     best_mode: Literal["max", "min"] = "max"
     """Whether the largest or the smallest value of best_metric is best."""
 
@@ -291,6 +333,7 @@ class Config(Section):
     train: TrainSection
     ema: EmaSection
     evaluation: EvaluationSection
+    stopping: StoppingSection
     checkpoint: CheckpointSection
     report: ReportSection
 
@@ -307,6 +350,14 @@ class Config(Section):
     def to_dict(self) -> dict[str, Any]:
         """The resolved config, every default filled in, as plain values; written as YAML, `load_config` makes an equal Config of it."""
         return self.model_dump(mode="json")
+
+    def with_micro_batch_size(self, size: int) -> Config:
+        """This config with a number wherever it says `auto`. Nothing of it counts as read."""
+        content = self.to_dict()
+        content["train"]["micro_batch_size"] = size
+        if content["evaluation"]["micro_batch_size"] == "auto":
+            content["evaluation"]["micro_batch_size"] = size
+        return Config.model_validate(content)
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from aplantida_dist.config import SECTIONS, Config, flat
+from aplantida_dist.config import SECTIONS, Config, flat, is_loss
 from aplantida_dist.strict_yaml import show
 
 FIELDS: dict[str, FieldInfo] = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS} | {
@@ -114,7 +114,7 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return all(name in values for name in names)
 
     micro, whole = "train.micro_batch_size", "train.global_batch_size"
-    if known(micro, whole) and values[whole] % values[micro]:
+    if known(micro, whole) and values[micro] != "auto" and values[whole] % values[micro]:
         yield micro, f"a divisor of {whole}, {values[whole]}"
     for small, large, reason in _AT_MOST:
         if known(small, large) and values[small] > values[large]:
@@ -132,12 +132,21 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     soft, label = "distillation.soft_share", "distillation.label_share"
     if known(soft, label) and values[soft] == values[label] == 0:
         yield label, f"above 0 where {soft} is 0, or nothing would be learned"
-    every, metric, mode = "evaluation.every_epochs", "checkpoint.best_metric", "checkpoint.best_mode"
-    if known(metric, every) and values[every] == 0 and not values[metric].startswith("train."):
+    if known(micro, "evaluation.micro_batch_size") and values["evaluation.micro_batch_size"] == "auto" != values[micro]:
+        yield "evaluation.micro_batch_size", f"a number, or {micro} to be auto as well"
+    yield from _metric_relations(values, metric="checkpoint.best_metric", mode="checkpoint.best_mode")
+    if values.get("stopping.patience_epochs") is not None:
+        yield from _metric_relations(values, metric="stopping.metric", mode="stopping.mode")
+
+
+def _metric_relations(values: Mapping[str, Any], *, metric: str, mode: str) -> Iterator[tuple[str, str]]:
+    """What a metric of the history expects of the evaluation, and of the mode beside it."""
+    every = "evaluation.every_epochs"
+    if {metric, every} <= values.keys() and values[every] == 0 and not values[metric].startswith("train."):
         yield metric, f"a metric of train, such as train.loss, where {every} is 0"
-    if known(metric, "ema.decay") and values[metric].startswith("val_ema.") and values["ema.decay"] is None:
+    if {metric, "ema.decay"} <= values.keys() and values[metric].startswith("val_ema.") and values["ema.decay"] is None:
         yield metric, "a metric of train or val where ema.decay is null"
-    if known(metric, mode) and (values[mode] == "min") != values[metric].endswith(".loss"):
+    if {metric, mode} <= values.keys() and (values[mode] == "min") != is_loss(values[metric]):
         yield mode, f"{'max' if values[mode] == 'min' else 'min'} for {metric} {values[metric]}"
 
 

@@ -10,6 +10,9 @@ from aplantida_dist.config import Change, Config, DistillationSection, changes, 
 from aplantida_dist.config_file import load_config
 from aplantida_dist.strict_yaml import show
 
+LARGEST = 8
+"""Samples that --debug forwards at once, at most."""
+
 
 def load_debug_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Change]]:
     """Read a config and make it small and fast on one device, beneath the overrides; also returns what that changed."""
@@ -25,7 +28,8 @@ def debug_overrides(config: Config, *, fixed: Collection[str] = ()) -> dict[str,
     The `fixed` names are the user's and stay; batch sizes fit themselves to those that are fixed.
     """
     now = flat(config.to_dict())
-    micro, whole = _batch_sizes(now["train.micro_batch_size"], now["train.global_batch_size"], fixed=fixed)
+    asked = now["train.micro_batch_size"]
+    micro, whole = _batch_sizes(LARGEST if asked == "auto" else asked, now["train.global_batch_size"], fixed=fixed)
     small = {
         "data.image_size": 96,
         "data.num_workers": 0,
@@ -55,7 +59,7 @@ def _batch_sizes(micro: int, whole: int, *, fixed: Collection[str]) -> tuple[int
     micro_is_fixed = "train" in fixed or "train.micro_batch_size" in fixed
     whole_is_fixed = "train" in fixed or "train.global_batch_size" in fixed
     if not micro_is_fixed:
-        micro = max(size for size in range(1, min(8, micro) + 1) if not whole_is_fixed or whole % size == 0)
+        micro = max(size for size in range(1, min(LARGEST, micro) + 1) if not whole_is_fixed or whole % size == 0)
     if not whole_is_fixed:
         whole = micro * max(1, min(32, whole) // micro)
     return micro, whole

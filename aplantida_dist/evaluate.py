@@ -12,7 +12,7 @@ from torch import nn
 
 from aplantida_dist.checkpoint import Checkpoint, load_model_state
 from aplantida_dist.command import CommandParser, run_command
-from aplantida_dist.compose import evaluation_transform_of, model_of, reading_of
+from aplantida_dist.compose import decided, evaluation_transform_of, model_of, reading_of
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
@@ -52,7 +52,7 @@ def main() -> None:
             num_classes=num_classes,
             transform=evaluation_transform_of(config, pixels),
             normalize=Normalize(pixels, world.device),
-            micro_batch_size=config.evaluation.micro_batch_size,
+            micro_batch_size=decided(config.evaluation.micro_batch_size),
             reading=reading_of(config, world),
             leaked=leaked,
             write_predictions=_writer(arguments.predictions, world, files) if arguments.predictions else None,

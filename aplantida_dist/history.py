@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,12 +84,16 @@ class EvaluationMetrics(SplitMetrics):
 class TrainMetrics(SplitMetrics):
     """The training epoch's metrics, with its speed: images a second over all ranks, share of the time spent waiting for data.
 
+    skipped_steps were left out by the fp16 scaler, whose samples count; nonfinite_steps by `train.on_nonfinite`, whose samples
+    are void. Both kinds keep their place in the schedule; each is absent where there was none.
     `top1_label` stands where pictures were mixed: hits, of top-5 and of classes too, are counted by the label of the larger share.
     """
 
     top1_label: Literal["dominant"] | None = None
     images_per_s: float = Field(ge=0.0)
     wait_fraction: float = Field(ge=0.0, le=1.0)
+    skipped_steps: int | None = Field(default=None, gt=0)
+    nonfinite_steps: int | None = Field(default=None, gt=0)
 
 
 class Digests(_Strict):
@@ -138,10 +142,24 @@ class Row(_Strict):
             value = value[part]
         return float(value) if isinstance(value, int | float) else None
 
+    def require_metric(self, name: str) -> None:
+        """Raise HistoryError, which names those there are, where this row should hold a metric and does not.
+
+        A row without an evaluation is judged by the metrics of train alone.
+        """
+        judged = self.val is not None or name.startswith("train.")
+        if judged and self.metric(name) is None:
+            held = ", ".join(_numbers_in(self.to_json()))
+            raise HistoryError(
+                f"the row of epoch {self.epoch} holds no metric {name!r}; name another in checkpoint.best_metric or "
+                f"stopping.metric, and run the same command again to go on: there are {held}"
+            )
+
     def clean_name(self, name: str) -> str:
         """The name of a metric over what the weights had not been trained on: `val.top1` is `val.clean.top1` where val leaks."""
         split, _, metric = name.partition(".")
-        return f"{split}.clean.{metric}" if self.metric(f"{split}.leaked_samples") else name
+        leaks = self.metric(f"{split}.leaked_samples") and not metric.startswith("clean.")
+        return f"{split}.clean.{metric}" if leaks else name
 
 
 class History:
@@ -261,6 +279,15 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
         for name, value in row.items()
         if name not in TIME_FIELDS
     }
+
+
+def _numbers_in(content: Mapping[str, Any], *, above: str = "") -> Iterator[str]:
+    """The dotted names of the numbers below sections of a row, in its order."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _numbers_in(value, above=f"{above}{name}.")
+        elif above and isinstance(value, int | float):
+            yield above + name
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -87,6 +87,14 @@ class Totals:
         """Add the vector of other totals, such as those of the first half of an epoch from a checkpoint."""
         self.vector += other.to(self.vector.device)
 
+    def void_since(self, before: Tensor) -> None:
+        """Count every sample since `before`, a copy of the vector, as void and, but for the identities, as nothing else."""
+        samples, void, identity = (_FIELDS.index(name) for name in ("samples", "void", "identity"))
+        now = self.vector.clone()
+        self.vector.copy_(before)
+        self.vector[void] = now[void] + now[samples] - before[samples]
+        self.vector[identity] = now[identity]
+
     def reset(self) -> None:
         """Start again from nothing."""
         self.vector.zero_()
@@ -124,11 +132,6 @@ def compute(vector: Tensor) -> Metrics:
         class_support=tuple(support),
         class_hits=tuple(hits),
     )
-
-
-def void_samples(vector: Tensor) -> int:
-    """The samples that a summed vector left out. Waits for the device."""
-    return int(vector[_FIELDS.index("void")])
 
 
 def rank_of_label(logits: Tensor, labels: Tensor, class_indices: Tensor) -> Tensor:

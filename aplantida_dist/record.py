@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aplantida_dist.checkpoint import CheckpointError, Position, pack_optimizer, point_to, retain, save_checkpoint
+from aplantida_dist.files import write_json
 from aplantida_dist.history import EvaluationMetrics, History, Row
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.progress import Progress
@@ -39,6 +40,8 @@ class EpochSoFar:
     spent_ns: int
     waited_ns: int
     skipped_steps: int
+    nonfinite_steps: int
+    nonfinite_steps_of_run: int
 
 
 class Record:
@@ -50,8 +53,19 @@ class Record:
     def advance(self, step: int, *, epoch: int, facts: dict[str, str]) -> None:
         """Show that `step` steps are done."""
 
+    def say(self, text: str) -> None:
+        """Print one line."""
+
     def append(self, row: Row) -> None:
         """Put a row into the history, and only then show it."""
+
+    def rows(self) -> Sequence[Row]:
+        """The rows of the history so far. The main process alone has them."""
+        return ()
+
+    def write_nonfinite_step(self, step: int, account: Mapping[str, Any]) -> str:
+        """Leave word of a step that is not finite in the run folder; returns the file's name."""
+        return ""
 
     def save(
         self,
@@ -93,6 +107,17 @@ class MainRecord(Record):
     def advance(self, step: int, *, epoch: int, facts: dict[str, str]) -> None:
         self.progress.advance(step, epoch=epoch, facts=facts)
 
+    def say(self, text: str) -> None:
+        self.progress.say(text)
+
+    def rows(self) -> Sequence[Row]:
+        return self.history.rows
+
+    def write_nonfinite_step(self, step: int, account: Mapping[str, Any]) -> str:
+        path = self.history.path.with_name(f"nonfinite_step_{step:08d}.json")
+        write_json(path, account)
+        return path.name
+
     def append(self, row: Row) -> None:
         self.history.append(row)
         best = self.history.best(self.best_metric, self.best_mode)
@@ -133,6 +158,8 @@ class MainRecord(Record):
             spent_ns=so_far.spent_ns,
             waited_ns=so_far.waited_ns,
             skipped_steps=so_far.skipped_steps,
+            nonfinite_steps=so_far.nonfinite_steps,
+            nonfinite_steps_of_run=so_far.nonfinite_steps_of_run,
             lineage=self.provenance.lineage.facts(),
         )
         checkpoint = save_checkpoint(
@@ -181,6 +208,10 @@ def summary_line(row: Row, *, is_best: bool) -> str:
         ema = row.val_ema.clean or row.val_ema
         part = " on the clean part" if row.val_ema.clean else ""
         parts.append(f"EMA{part} loss {ema.loss:.4f} top-1 {100 * ema.top1:.2f} % top-5 {100 * ema.top5:.2f} %")
+    if train.skipped_steps:
+        parts.append(f"{train.skipped_steps} steps skipped (fp16 overflow)")
+    if train.nonfinite_steps:
+        parts.append(f"{train.nonfinite_steps} steps left out (not finite), {train.void_samples} samples void")
     parts.append(f"{train.images_per_s:.1f} images/s, {100 * train.wait_fraction:.0f} % waiting")
     return " · ".join(parts) + (" · best so far" if is_best else "")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from aplantida_dist.batch_size import decide_micro_batch_size_across_ranks
 from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.compose import Request, Training, compose_across_ranks
 from aplantida_dist.config import Config
@@ -42,6 +43,7 @@ def main() -> None:
         extra_checks=arguments.debug,
         allow_leak=arguments.allow_leak,
     )
+    config = decide_micro_batch_size_across_ranks(config, world=world, request=request)
     training = compose_across_ranks(config, world=world, request=request)
     if world.is_main:
         _announce(training, arguments.run_dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,19 +20,31 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.evaluation import as_evaluation_metrics, as_split_metrics, evaluate_across_ranks
 from aplantida_dist.history import EvaluationMetrics, make_row
 from aplantida_dist.lineage import Identities
-from aplantida_dist.metrics import Totals, compute, require_coverage, void_samples
+from aplantida_dist.metrics import Totals, compute, require_coverage
 from aplantida_dist.mixing import Mixing
 from aplantida_dist.model import set_learning_rate
+from aplantida_dist.nonfinite import (
+    Before,
+    NonFinitePolicy,
+    SlotLosses,
+    StepEvidence,
+    Watch,
+    guarded,
+    is_left_out_across_ranks,
+    largest_gradient,
+    read_unread_across_ranks,
+)
 from aplantida_dist.objective import Objective
 from aplantida_dist.record import EpochSoFar, Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.seeds import derive
+from aplantida_dist.stopping import Stopping, reason_to_stop
 from aplantida_dist.teachers import Teachers
 from aplantida_dist.world import World, seed_device
 
 
 class TrainingError(UserError):
-    """Training cannot go on: what it computes is no longer a number."""
+    """An extra check of --debug failed: what training computes is no longer a number."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,9 @@ class Job:
     objective: Objective
     teachers: Teachers
     clip_norm: float | None
+    nonfinite: NonFinitePolicy
+    stopping: Stopping | None
+    metrics_to_hold: tuple[str, ...]
     log_every_steps: int
     checkpoint_every_steps: int | None
     evaluate_every_epochs: int
@@ -75,20 +90,23 @@ class Running:
     train_s: float = 0.0
     spent_ns: int = 0
     waited_ns: int = 0
-    skipped_steps: int = 0
+    watch: Watch = field(default_factory=Watch)
 
     def reset(self) -> None:
         """Begin the next epoch."""
         self.totals.reset()
-        self.train_s, self.spent_ns, self.waited_ns, self.skipped_steps = 0.0, 0, 0, 0
+        self.watch.begin_epoch()
+        self.train_s, self.spent_ns, self.waited_ns = 0.0, 0, 0
 
 
 def train(job: Job, *, start_step: int, running: Running) -> None:
-    """Collective. Run the steps from `start_step` to the schedule's end.
+    """Collective. Run the steps from `start_step` to the schedule's end, or to where the config's `stopping` ends it.
 
     A row is recorded before the checkpoint that follows it, and both before anything that could hang.
     """
     total_steps = job.schedule.total_steps
+    if _stops_early(job, start_step):
+        return
     batches = read_ahead(job, start_step)
     job.model.train()
     started_s = time.monotonic()
@@ -101,6 +119,8 @@ def train(job: Job, *, start_step: int, running: Running) -> None:
             _show_progress(job, running, done, eta_s=seconds_a_step * (total_steps - done))
         if ends_epoch:
             _finish_epoch(job, running, done)
+            if _stops_early(job, done):
+                return
         elif job.checkpoint_every_steps and done % job.checkpoint_every_steps == 0:
             _save(job, running, done)
     job.record.tell("done", epoch=total_steps // job.plan.steps_per_epoch, step=total_steps)
@@ -123,12 +143,16 @@ def _coordinates(job: Job, start_step: int) -> Iterator[Coordinates]:
 def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) -> None:
     """One optimizer update with the gradient of Σ w·ℓ / Σ w over the step's samples on all ranks.
 
-    The divisor comes from the plan. DDP averages over ranks, so the sum is multiplied by their number: the two cancel.
+    The divisor comes from the plan. DDP averages over ranks, so the sum is multiplied by their number: the two cancel. A
+    step that is left out, because it is not finite or overflowed in fp16, is counted and keeps its place: which samples
+    and which learning rate a step has follows from its number alone.
     """
     started_ns = time.perf_counter_ns()
     set_learning_rate(job.optimizer, job.schedule.learning_rate(step))
     scale = job.world.world_size / job.plan.samples_in_step(step % job.plan.steps_per_epoch)
     slots = job.plan.slots_of(job.world.rank, job.world.world_size)
+    before = Before.of(job.model, running.totals) if job.nonfinite.action == "skip" else None
+    seen: list[SlotLosses] = []
     for slot in slots:
         asked_ns = time.perf_counter_ns()
         read = next(batches)
@@ -141,36 +165,57 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
             losses = job.objective(logits, replace(targets, teacher_logits=job.teachers.look_at(pixels)))
             if job.extra_checks:
                 _check_losses(read, losses, step)
-            job.world.accelerator.backward((batch.weights * losses).sum() * scale)
+            weighted = batch.weights * losses
+            job.world.accelerator.backward(weighted.sum() * guarded(scale, weighted))
+        seen.append(SlotLosses(slot, read.sample_keys, read.weights, losses.detach()))
         running.totals.update(
             logits.detach(), losses.detach(), labels=targets.labels, weights=batch.weights, identities=batch.identities
         )
     if job.extra_checks:
         _check_gradients(job.model, step)
-    if job.clip_norm is not None:
-        job.world.accelerator.clip_grad_norm_(job.model.parameters(), job.clip_norm)
-    job.optimizer.step()
-    running.skipped_steps += bool(job.optimizer.step_was_skipped)
-    if job.ema is not None and not job.optimizer.step_was_skipped:
-        job.ema.update(completed_steps=step + 1)
+    if job.clip_norm is None:
+        norm = largest_gradient(job.model)
+    else:
+        norm = job.world.accelerator.clip_grad_norm_(job.model.parameters(), job.clip_norm)
+    _update(job, running, StepEvidence(step=step, norm=norm, slots=seen), before=before)
     job.optimizer.zero_grad()
     spent_ns = time.perf_counter_ns() - started_ns
     running.spent_ns += spent_ns
     running.train_s += spent_ns / 1e9
 
 
+def _update(job: Job, running: Running, evidence: StepEvidence, *, before: Before | None) -> None:
+    """Collective where the step is not finite. Update the weights, or leave the step out as the config says."""
+    left_out = is_left_out_across_ranks(
+        running.watch, evidence, policy=job.nonfinite, world=job.world, record=job.record
+    )
+    # The fp16 scaler leaves such an update out by itself, and has to see the step to lower its scale.
+    if not left_out or job.world.accelerator.scaler is not None:
+        job.optimizer.step()
+    if left_out and before is not None:
+        before.take_back(job.model, running.totals)
+    if job.ema is not None and not left_out and not job.optimizer.step_was_skipped:
+        job.ema.update(completed_steps=evidence.step + 1)
+
+
 def _show_progress(job: Job, running: Running, done: int, *, eta_s: float) -> None:
     """Collective. Show the epoch's metrics so far, over all ranks."""
-    so_far = _sum_across_ranks(job, running, done)
+    so_far = _sum_across_ranks(job, running)
     metrics = compute(so_far.totals)
     images_per_s = metrics.num_samples / so_far.train_s
     epoch = (done - 1) // job.plan.steps_per_epoch + 1
+    watch = running.watch
+    left_out = {
+        "skipped (fp16)": watch.skipped_steps,
+        "not finite": watch.nonfinite_steps,
+    }
     facts = {
         "loss": f"{metrics.loss:.4f}",
         "top-1 (dominant)" if job.mixing.acts_at(done - 1) else "top-1": f"{100 * metrics.top1:.1f} %",
         "images/s": f"{images_per_s:.1f}",
         "waiting": f"{100 * so_far.waited_ns / so_far.spent_ns:.0f} %",
         "ETA": f"{int(eta_s) // 3600}:{int(eta_s) // 60 % 60:02d}:{int(eta_s) % 60:02d}",
+        **{name: str(count) for name, count in left_out.items() if count},
     }
     job.record.advance(done, epoch=epoch, facts=facts)
     job.record.tell("training", epoch=epoch, step=done, images_per_s=round(images_per_s, 1), eta_s=round(eta_s))
@@ -179,27 +224,49 @@ def _show_progress(job: Job, running: Running, done: int, *, eta_s: float) -> No
 def _finish_epoch(job: Job, running: Running, done: int) -> None:
     """Collective. Evaluate, record, then save the checkpoint of what was recorded."""
     epoch = done // job.plan.steps_per_epoch
-    so_far = _sum_across_ranks(job, running, done)
+    so_far = _sum_across_ranks(job, running)
     metrics = compute(so_far.totals)
     split = job.train_split
     require_coverage(
         metrics, split="train", expected_samples=split.num_samples, expected_identities=split.identity_digest
     )
     speed = {"images_per_s": metrics.num_samples / so_far.train_s, "wait_fraction": so_far.waited_ns / so_far.spent_ns}
-    skipped = {"skipped_steps": so_far.skipped_steps} if so_far.skipped_steps else {}
     top1_label = {"top1_label": "dominant"} if job.mixing.acts_at(done - 1) else {}
+    left_out = {"skipped_steps": so_far.skipped_steps, "nonfinite_steps": so_far.nonfinite_steps}
+    left_out = {name: count for name, count in left_out.items() if count}
     row = make_row(
         epoch=epoch,
         step=done,
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         learning_rate=job.schedule.learning_rate(done - 1),
-        train={**as_split_metrics(metrics, expected_samples=split.num_samples), **speed, **skipped, **top1_label},
+        train={**as_split_metrics(metrics, expected_samples=split.num_samples), **speed, **left_out, **top1_label},
         **_evaluate(job, epoch=epoch, done=done),
         digests=job.digests,
     )
     job.record.append(row)
     running.reset()
     _save(job, running, done)
+    for name in job.metrics_to_hold:
+        try:
+            row.require_metric(name)
+        except UserError as error:
+            raise job.world.told_by_main(error) from None
+
+
+def _stops_early(job: Job, done: int) -> bool:
+    """Collective where the config can stop early. Whether the rows up to here say so, on all ranks together; told once.
+
+    What is asked is the history alone, so a run that goes on, right after it stopped too, is told the same.
+    """
+    stopping, total_steps = job.stopping, job.schedule.total_steps
+    if stopping is None or done == 0 or done >= total_steps:
+        return False
+    reason = job.world.learn_from_main_across_ranks(lambda: reason_to_stop(job.record.rows(), stopping))
+    if reason is None:
+        return False
+    job.record.say(reason)
+    job.record.tell("done", epoch=done // job.plan.steps_per_epoch, step=done, reason=reason)
+    return True
 
 
 def _evaluate(job: Job, *, epoch: int, done: int) -> dict[str, EvaluationMetrics]:
@@ -234,7 +301,7 @@ def _evaluate_model(job: Job, bare_model: nn.Module, split: Split) -> Evaluation
 def _save(job: Job, running: Running, done: int) -> None:
     """Collective. Save a checkpoint; between epochs the totals of the running one travel in it."""
     epoch = done // job.plan.steps_per_epoch
-    so_far = _sum_across_ranks(job, running, done)
+    so_far = _sum_across_ranks(job, running)
     job.record.tell("saving", epoch=epoch, step=done)
     scaler = job.world.accelerator.scaler
     job.record.save(
@@ -248,21 +315,23 @@ def _save(job: Job, running: Running, done: int) -> None:
     )
 
 
-def _sum_across_ranks(job: Job, running: Running, done: int) -> EpochSoFar:
-    """Collective. The running epoch over all ranks. TrainingError, on every rank, once a loss was not a number."""
+def _sum_across_ranks(job: Job, running: Running) -> EpochSoFar:
+    """Collective. The running epoch over all ranks. NonFiniteError, on every rank, where the last step has to stop the run."""
+    read_unread_across_ranks(running.watch, policy=job.nonfinite, world=job.world, record=job.record)
     clocks = torch.tensor([running.spent_ns, running.waited_ns], dtype=torch.int64, device=job.world.device)
     summed = job.world.sum_across_ranks(torch.cat((running.totals.vector, clocks)))
     totals: Tensor = summed[:-2]
-    void = void_samples(totals)
-    if void:
-        error = TrainingError(
-            f"{void} samples up to step {done} had a loss that is NaN, infinite or beyond 2^30: the training diverged or "
-            "a picture is broken; the last checkpoint is untouched: lower optimizer.peak_lr, set train.clip_norm, or "
-            "find the sample with --debug"
-        )
-        raise job.world.told_by_main(error)
     spent_ns, waited_ns = (int(number) for number in summed[-2:].tolist())
-    return EpochSoFar(totals, running.train_s, spent_ns, waited_ns, running.skipped_steps)
+    watch = running.watch
+    return EpochSoFar(
+        totals,
+        running.train_s,
+        spent_ns,
+        waited_ns,
+        watch.skipped_steps,
+        watch.nonfinite_steps,
+        watch.nonfinite_steps_of_run,
+    )
 
 
 def _check_losses(read: Batch, losses: Tensor, step: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, distributed, nn
 
 from aplantida_dist.errors import UserError
@@ -181,6 +182,11 @@ def told_once_a_node() -> Iterator[None]:
     except UserError as error:
         error.is_told_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that the device's memory, or the host's, is full."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def seed_device(device: torch.device, seed: int) -> None:

@@ -21,6 +21,7 @@ from aplantida_dist.data.stream import Batch, Reading
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.mixing import Unmixed
 from aplantida_dist.model import Normalize, build_model, build_optimizer, pixel_convention
+from aplantida_dist.nonfinite import NonFinitePolicy
 from aplantida_dist.objective import CrossEntropy
 from aplantida_dist.record import Record
 from aplantida_dist.schedule import Schedule
@@ -169,6 +170,9 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         objective=CrossEntropy(label_smoothing=0.0),
         teachers=Teachers(()),
         clip_norm=CLIP_NORM,
+        nonfinite=NonFinitePolicy("stop", budget=0),
+        stopping=None,
+        metrics_to_hold=(),
         log_every_steps=STEPS_A_BLOCK,
         checkpoint_every_steps=None,
         evaluate_every_epochs=1,

@@ -156,7 +156,7 @@ def test_overrides_are_decoded_by_the_rules_of_the_file(tmp_path: Path) -> None:
         ("optimizer.peak_lr=-1.0e-5", "optimizer.peak_lr: found -1.0e-05, expected greater than 0"),
         ("evaluation.every_epochs=5", "evaluation.every_epochs: found 5, expected at most train.epochs, 4"),
         ("evaluation.every_epochs=0", 'checkpoint.best_metric: found "val.top1", expected a metric of train'),
-        ("checkpoint.best_metric=top1", 'checkpoint.best_metric: found "top1", expected train or val, a point, and'),
+        ("checkpoint.best_metric=top1", 'checkpoint.best_metric: found "top1", expected names with points between'),
         (
             "checkpoint.best_metric=val.loss",
             'checkpoint.best_mode: found "max", expected min for checkpoint.best_metric',

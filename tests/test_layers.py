@@ -28,13 +28,14 @@ LAYERS = [
         "data.images",
     ],
     ["config_faults", "data.dataset", "distillation", "mixing", "model", "ema", "report", "metrics", "checkpoint"],
-    ["config_file", "data.stream", "run_folder", "record"],
-    ["debug", "ancestor"],
+    ["config_file", "data.stream", "run_folder", "record", "stopping"],
+    ["debug", "ancestor", "nonfinite"],
     ["init_from", "teachers"],
     ["origin"],
     ["evaluation"],
     ["trainer"],
     ["compose"],
+    ["batch_size"],
     ["train", "evaluate"],
 ]
 """From the ground up. A module imports only from layers below its own; leaves do not know each other."""
