@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Position:
     skipped_steps: int
     lineage: Mapping[str, Any] | None
     """`Lineage.facts`, whose identities lie beside in seen.npy; None in a checkpoint of format 1, which recorded none."""
+    train_counts: Sequence[int] | None
+    """The train samples of each class index, so that an evaluation elsewhere knows many from few; None in an early checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: {name} has changed since it was written (its sha256 differs); choose another checkpoint"
             )
-    fields = {"lineage": None} | {key: value for key, value in content.items() if key not in ("format", "files")}
+    fields = {"lineage": None, "train_counts": None} | {
+        key: value for key, value in content.items() if key not in ("format", "files")
+    }
     return Checkpoint(path, Position(**fields))
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from aplantida_dist import __version__
 from aplantida_dist.ancestor import open_ancestor
 from aplantida_dist.checkpoint import Checkpoint, load_model_state, unpack_optimizer
-from aplantida_dist.config import Config
+from aplantida_dist.config import Config, LossSection
 from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
@@ -22,9 +23,10 @@ from aplantida_dist.data.stream import Reading
 from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
+from aplantida_dist.long_tail import ClassWeighted, Focal, LogitAdjusted, effective_number_weights, log_prior
 from aplantida_dist.metrics import Totals
 from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
-from aplantida_dist.objective import CrossEntropy
+from aplantida_dist.objective import CrossEntropy, Objective
 from aplantida_dist.origin import trace_origin_across_ranks
 from aplantida_dist.progress import open_progress
 from aplantida_dist.record import MainRecord, Provenance, Record
@@ -70,6 +72,7 @@ class _Ground:
     checkpoint: Checkpoint | None
     beginning: Beginning | None
     digests: dict[str, str]
+    train_counts: tuple[int, ...]
 
     @property
     def start_step(self) -> int:
@@ -132,8 +135,11 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         record=record,
         digests=ground.digests,
         num_classes=ground.class_map.num_classes,
+        train_counts=ground.train_counts,
         seed=config.seed,
-        objective=CrossEntropy(label_smoothing=config.loss.label_smoothing),
+        objective=_for_the_long_tail(
+            CrossEntropy(label_smoothing=config.loss.label_smoothing), config.loss, ground.train_counts, world.device
+        ),
         clip_norm=config.train.clip_norm,
         log_every_steps=config.train.log_every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
@@ -198,7 +204,8 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
         micro_batch_size=config.train.micro_batch_size,
         block_samples=config.data.block_samples,
     )
-    return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, beginning, digests)
+    train_counts = train_split.class_counts(dataset.class_map.num_classes)
+    return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, beginning, digests, train_counts)
 
 
 def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimizer: Any, running: Running) -> None:
@@ -211,6 +218,20 @@ def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimize
     if world.is_main:
         running.totals.merge(checkpoint.totals())
         running.spent_ns, running.waited_ns = position.spent_ns, position.waited_ns
+
+
+def _for_the_long_tail(
+    objective: Objective, loss: LossSection, train_counts: tuple[int, ...], device: torch.device
+) -> Objective:
+    """An objective with what the config puts around it. The shift is outermost: everything within sees the shifted logits."""
+    if loss.focal_gamma:
+        objective = Focal(objective, loss.focal_gamma)
+    if loss.class_weights == "effective_number":
+        weights = effective_number_weights(train_counts, beta=loss.effective_number_beta)
+        objective = ClassWeighted(objective, weights.to(device))
+    if loss.logit_adjustment:
+        objective = LogitAdjusted(objective, (loss.logit_adjustment * log_prior(train_counts)).to(device))
+    return objective
 
 
 def _schedule(config: Config, plan: TrainPlan) -> Schedule:
@@ -283,6 +304,7 @@ def _open_record(
             code_version=__version__,
             wandb_run_id=run_id,
             lineage=lineage,
+            train_counts=ground.train_counts,
         ),
         keep_last=keep_last,
         best_metric=best_metric,

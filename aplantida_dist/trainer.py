@@ -51,6 +51,7 @@ class Job:
     record: Record
     digests: dict[str, str]
     num_classes: int
+    train_counts: tuple[int, ...]
     seed: int
     objective: Objective
     clip_norm: float | None
@@ -178,12 +179,13 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
     )
     speed = {"images_per_s": metrics.num_samples / so_far.train_s, "wait_fraction": so_far.waited_ns / so_far.spent_ns}
     skipped = {"skipped_steps": so_far.skipped_steps} if so_far.skipped_steps else {}
+    block = as_split_metrics(metrics, expected_samples=split.num_samples, train_counts=job.train_counts)
     row = make_row(
         epoch=epoch,
         step=done,
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         learning_rate=job.schedule.learning_rate(done - 1),
-        train={**as_split_metrics(metrics, expected_samples=split.num_samples), **speed, **skipped},
+        train={**block, **speed, **skipped},
         val=_evaluate(job, epoch=epoch, done=done),
         digests=job.digests,
     )
@@ -211,7 +213,7 @@ def _evaluate(job: Job, *, epoch: int, done: int) -> EvaluationMetrics | None:
         reading=job.reading,
         leaked=job.leaked,
     )
-    return as_evaluation_metrics(evaluation, expected_samples=job.val_split.num_samples)
+    return as_evaluation_metrics(evaluation, expected_samples=job.val_split.num_samples, train_counts=job.train_counts)
 
 
 def _save(job: Job, running: Running, done: int) -> None:

@@ -27,7 +27,7 @@ LAYERS = [
         "data.plan",
         "data.images",
     ],
-    ["config_faults", "data.dataset", "model", "report", "metrics", "checkpoint"],
+    ["config_faults", "data.dataset", "model", "report", "metrics", "checkpoint", "long_tail"],
     ["config_file", "data.stream", "run_folder", "record"],
     ["debug", "ancestor"],
     ["init_from"],

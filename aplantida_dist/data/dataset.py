@@ -95,6 +95,13 @@ class Split:
     def is_limited(self) -> bool:
         return self.num_samples < self.manifest.num_samples
 
+    def class_counts(self, num_classes: int) -> tuple[int, ...]:
+        """The samples of each class index: the manifest's, or for a limited split those of its indices."""
+        if not self.is_limited:
+            return tuple(self.manifest.counts_of_classes(num_classes))
+        labels = [self.read_index(shard)["label"][:size] for shard, size in enumerate(self.shard_sizes) if size]
+        return tuple(np.bincount(np.concatenate(labels), minlength=num_classes).tolist())
+
     @cached_property
     def identity_digest(self) -> str:
         """What an epoch's sum of identities must be: the manifest's, or for a limited split that of the keys in its headers."""
