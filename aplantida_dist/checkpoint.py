@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +65,8 @@ class Position:
     nonfinite_steps_of_run: int
     lineage: Mapping[str, Any] | None
     """`Lineage.facts`, whose identities lie beside in seen.npy; None in a checkpoint of format 1, which recorded none."""
+    train_counts: Sequence[int] | None
+    """The train samples of each class index, so that an evaluation elsewhere knows many from few; None in an early checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: {name} has changed since it was written (its sha256 differs); choose another checkpoint"
             )
-    older = {"lineage": None, "nonfinite_steps": 0, "nonfinite_steps_of_run": 0}
+    older = {"lineage": None, "nonfinite_steps": 0, "nonfinite_steps_of_run": 0, "train_counts": None}
     fields = older | {key: value for key, value in content.items() if key not in ("format", "files")}
     return Checkpoint(path, Position(**fields), has_ema=EMA_FILE in content["files"])
 

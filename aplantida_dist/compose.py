@@ -26,6 +26,7 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
+from aplantida_dist.long_tail import ClassWeighted, Focal, LogitAdjusted, effective_number_weights, log_prior
 from aplantida_dist.metrics import Totals
 from aplantida_dist.mixing import Mixing, MixupCutmix, Unmixed
 from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
@@ -79,6 +80,7 @@ class _Ground:
     beginning: Beginning | None
     teachers: tuple[Teacher, ...]
     digests: dict[str, str]
+    train_counts: tuple[int, ...]
 
     @property
     def start_step(self) -> int:
@@ -145,9 +147,10 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         record=record,
         digests=ground.digests,
         num_classes=ground.class_map.num_classes,
+        train_counts=ground.train_counts,
         seed=config.seed,
         mixing=_mixing(config, ground.plan),
-        objective=_taught(_objective(config), config, ground, world.device),
+        objective=_taught(_objective(config, ground.train_counts, world.device), config, ground, world.device),
         teachers=seat(ground.teachers, world),
         clip_norm=config.train.clip_norm,
         nonfinite=_nonfinite_policy(config),
@@ -228,7 +231,19 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
         micro_batch_size=decided(config.train.micro_batch_size),
         block_samples=config.data.block_samples,
     )
-    return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, beginning, teachers, digests)
+    train_counts = tuple(train_split.counts_of_classes(dataset.class_map.num_classes))
+    return _Ground(
+        class_map=dataset.class_map,
+        train_split=train_split,
+        val_split=val_split,
+        plan=plan,
+        model=model,
+        checkpoint=checkpoint,
+        beginning=beginning,
+        teachers=teachers,
+        digests=digests,
+        train_counts=train_counts,
+    )
 
 
 def _open_teachers(config: Config, class_map: ClassMap, train_split: Split) -> tuple[Teacher, ...]:
@@ -316,12 +331,19 @@ def _mixing(config: Config, plan: TrainPlan) -> Mixing:
     )
 
 
-def _objective(config: Config) -> Objective:
-    match config.loss.kind:
-        case "cross_entropy":
-            return CrossEntropy(label_smoothing=config.loss.label_smoothing)
-        case "binary_cross_entropy":
-            return BinaryCrossEntropy(label_smoothing=config.loss.label_smoothing)
+def _objective(config: Config, train_counts: tuple[int, ...], device: torch.device) -> Objective:
+    """The label loss. The shift is outermost: everything within sees the shifted logits."""
+    loss = config.loss
+    is_binary = loss.kind == "binary_cross_entropy"
+    objective: Objective = (BinaryCrossEntropy if is_binary else CrossEntropy)(label_smoothing=loss.label_smoothing)
+    if loss.focal_gamma:
+        objective = Focal(objective, loss.focal_gamma)
+    if loss.class_weights == "effective_number":
+        weights = effective_number_weights(train_counts, beta=loss.effective_number_beta)
+        objective = ClassWeighted(objective, weights.to(device))
+    if loss.logit_adjustment:
+        objective = LogitAdjusted(objective, (loss.logit_adjustment * log_prior(train_counts)).to(device))
+    return objective
 
 
 def _nonfinite_policy(config: Config) -> NonFinitePolicy:
@@ -400,6 +422,7 @@ def _open_record(
             code_version=__version__,
             wandb_run_id=run_id,
             lineage=lineage,
+            train_counts=ground.train_counts,
         ),
         keep_last=keep_last,
         best_metric=best_metric,

@@ -203,6 +203,20 @@ class LossSection(Section):
     """binary_cross_entropy asks each class by itself and takes the mean over classes. Source: Wightman et al. 2021."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the target that is spread over all classes, in [0, 1). Source: Szegedy et al. 2016."""
+    logit_adjustment: Annotated[float, Field(ge=0.0)] = 0.0
+    """τ of τ · log prior, added to the logits in the training loss alone, at least 0; priors are the shares of the train samples.
+
+    0 is off; 1 is balanced softmax (Ren et al. 2020). Source: Menon et al. 2021. Post hoc instead: `evaluate --logit-adjustment`.
+    """
+    class_weights: Literal["effective_number"] | None = None
+    """Whether the loss of a sample is multiplied by a weight of its class, whose mean over the train samples is 1; null does not.
+
+    effective_number: (1 − β) / (1 − β^n) for a class of n train samples. Source: Cui et al. 2019.
+    """
+    effective_number_beta: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """β of effective_number, in [0, 1): 0 weighs all alike, towards 1 by 1 / n. Source: Cui et al. 2019 (their iNaturalist)."""
+    focal_gamma: Annotated[float, Field(ge=0.0)] = 0.0
+    """γ of the factor (1 − p)^γ on the loss, p the label's probability, at least 0; 0 is off. Source: Lin et al. 2017 (theirs: 2)."""
 
 
 class DistillationSection(Section):

@@ -126,6 +126,9 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield off, f"fewer than {epochs}, {values[epochs]}"
     if known(micro, *_ALPHAS) and values[micro] == 1 and any(values[name] for name in _ALPHAS):
         yield micro, f"at least 2 where {' or '.join(_ALPHAS)} mixes the pictures of a micro-batch"
+    for name in ("loss.focal_gamma", "loss.logit_adjustment"):
+        if known("loss.kind", name) and values["loss.kind"] == "binary_cross_entropy" and values[name]:
+            yield name, "0 where loss.kind is binary_cross_entropy: it speaks of softmax probabilities"
     teachers, weights = "distillation.teachers", "distillation.teacher_weights"
     if known(teachers, weights) and values[teachers] and len(values[weights]) not in (0, len(values[teachers])):
         yield weights, f"one number for each of the {len(values[teachers])} of {teachers}, or none"

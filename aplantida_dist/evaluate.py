@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from aplantida_dist.checkpoint import Checkpoint, load_model_state
-from aplantida_dist.command import CommandParser, run_command
+from aplantida_dist.checkpoint import Checkpoint, CheckpointError, load_model_state
+from aplantida_dist.command import CommandParser, positive, run_command
 from aplantida_dist.compose import decided, evaluation_transform_of, model_of, reading_of
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
@@ -22,9 +22,10 @@ from aplantida_dist.evaluation import as_evaluation_metrics, evaluate_across_ran
 from aplantida_dist.files import write_json
 from aplantida_dist.history import EvaluationMetrics
 from aplantida_dist.lineage import Identities
+from aplantida_dist.long_tail import ShiftedLogits, log_prior
 from aplantida_dist.model import Normalize, pixel_convention
 from aplantida_dist.origin import leak_error, leak_text, unknown_lines
-from aplantida_dist.record import clean_text
+from aplantida_dist.record import classes_text, clean_text
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
 from aplantida_dist.world import World, open_world, told_once_a_node
 
@@ -44,6 +45,11 @@ def main() -> None:
     world.require_equal_across_ranks("the split to evaluate", split.digest)
     leaked = world.learn_from_main_across_ranks(lambda: _find_leak(split, checkpoint, allow_leak=arguments.allow_leak))
     pixels = pixel_convention(model)
+    tau, train_counts = arguments.logit_adjustment, checkpoint.position.train_counts
+    if train_counts is None and world.is_main:
+        print(f"{checkpoint.path}: does not tell its train counts, so no class is many, medium or few", flush=True)
+    if tau is not None:
+        model = ShiftedLogits(model, world.agree_across_ranks(lambda: _post_hoc_shift(tau, checkpoint)))
     with ExitStack() as files:
         evaluation = evaluate_across_ranks(
             world.prepare_for_evaluation(model),
@@ -57,7 +63,9 @@ def main() -> None:
             leaked=leaked,
             write_predictions=_writer(arguments.predictions, world, files) if arguments.predictions else None,
         )
-    metrics = as_evaluation_metrics(evaluation, expected_samples=split.num_samples)
+    metrics = as_evaluation_metrics(
+        evaluation, expected_samples=split.num_samples, train_counts=train_counts, logit_adjustment=tau
+    )
     if world.is_main:
         if checkpoint.has_ema:
             print(f"{arguments.weights} weights of {checkpoint.path}, which holds raw and ema (--weights)", flush=True)
@@ -77,6 +85,16 @@ def _open(arguments: argparse.Namespace, config: Config) -> tuple[nn.Module, Che
     model = model_of(config, num_classes=class_map.num_classes, pretrained=False)
     load_model_state(model, checkpoint, arguments.weights)
     return model, checkpoint, split, class_map.num_classes
+
+
+def _post_hoc_shift(tau: float, checkpoint: Checkpoint) -> Tensor:
+    """−τ · log prior of the train split that the checkpoint learnt from."""
+    if checkpoint.position.train_counts is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: does not tell its train counts, which --logit-adjustment needs; it was written by an earlier "
+            "version: resume the run for an epoch to have a checkpoint that does"
+        )
+    return -tau * log_prior(checkpoint.position.train_counts)
 
 
 def _find_leak(split: Split, checkpoint: Checkpoint, *, allow_leak: bool) -> Identities:
@@ -110,7 +128,8 @@ def _writer(path: Path, world: World, files: ExitStack) -> Callable[[str], Any]:
 def _print_metrics(name: str, metrics: EvaluationMetrics, arguments: argparse.Namespace) -> None:
     print(
         f"{name} · {metrics.num_samples} samples · loss {metrics.loss:.4f} · top-1 {100 * metrics.top1:.2f} % · "
-        f"top-5 {100 * metrics.top5:.2f} % · macro top-1 {100 * metrics.macro_top1:.2f} %",
+        f"top-5 {100 * metrics.top5:.2f} % · {classes_text(metrics)}"
+        + (f" · logits less {metrics.logit_adjustment:g} log prior" if metrics.logit_adjustment else ""),
         flush=True,
     )
     if metrics.leaked_samples:
@@ -142,6 +161,13 @@ def _parse_arguments() -> argparse.Namespace:
         "--allow-leak",
         action="store_true",
         help="go on although the checkpoint was trained on photographs of this split: shows the whole and its clean part",
+    )
+    parser.add_argument(
+        "--logit-adjustment",
+        type=positive,
+        metavar="TAU",
+        help="take TAU times the log of each class's share of the train samples off the logits (Menon et al. 2021): for "
+        "models whose loss had no loss.logit_adjustment; loss and predictions are those of the shifted logits",
     )
     parser.add_argument("--predictions", type=Path, metavar="FILE.jsonl", help="write one line a sample")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics as the history writes them")

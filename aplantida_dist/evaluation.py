@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
 from aplantida_dist.history import EvaluationMetrics, SplitMetrics
 from aplantida_dist.lineage import Identities
 from aplantida_dist.loss import cross_entropy
-from aplantida_dist.metrics import Metrics, Totals, compute, require_coverage
+from aplantida_dist.metrics import Metrics, Totals, compute, require_coverage, top1_of_frequencies
 from aplantida_dist.world import World
 
 TOP = 5
@@ -126,25 +126,36 @@ def prediction_lines(batch: Batch, logits: Tensor, losses: Tensor) -> Iterator[s
             yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def as_split_metrics(metrics: Metrics, *, expected_samples: int) -> dict[str, Any]:
-    """The metrics as a history row's block holds them, validated."""
-    return SplitMetrics(**_block(metrics, expected_samples=expected_samples)).model_dump(mode="json")
+def as_split_metrics(metrics: Metrics, *, expected_samples: int, train_counts: Sequence[int] | None) -> dict[str, Any]:
+    """The metrics as a history row's block holds them, validated. Without train counts no class is many, medium or few."""
+    block = _block(metrics, expected_samples=expected_samples, train_counts=train_counts)
+    return SplitMetrics(**block).model_dump(mode="json")
 
 
-def as_evaluation_metrics(evaluation: Evaluation, *, expected_samples: int) -> EvaluationMetrics:
+def as_evaluation_metrics(
+    evaluation: Evaluation,
+    *,
+    expected_samples: int,
+    train_counts: Sequence[int] | None,
+    logit_adjustment: float | None = None,
+) -> EvaluationMetrics:
     """An evaluation as a history row's block holds it, validated; leak and clean part are absent where there is none."""
-    block, leaked, clean = _block(evaluation.whole, expected_samples=expected_samples), evaluation.leaked_samples, None
+    leaked, clean = evaluation.leaked_samples, None
+    block = _block(evaluation.whole, expected_samples=expected_samples, train_counts=train_counts)
     if evaluation.clean is not None:
-        clean = SplitMetrics(**_block(evaluation.clean, expected_samples=expected_samples - leaked))
-    return EvaluationMetrics(**block, leaked_samples=leaked or None, clean=clean)
+        part = _block(evaluation.clean, expected_samples=expected_samples - leaked, train_counts=train_counts)
+        clean = SplitMetrics(**part)
+    return EvaluationMetrics(**block, leaked_samples=leaked or None, clean=clean, logit_adjustment=logit_adjustment)
 
 
-def _block(metrics: Metrics, *, expected_samples: int) -> dict[str, Any]:
+def _block(metrics: Metrics, *, expected_samples: int, train_counts: Sequence[int] | None) -> dict[str, Any]:
+    frequencies = {} if train_counts is None else top1_of_frequencies(metrics, train_counts)
     return {
         "loss": metrics.loss,
         "top1": metrics.top1,
         "top5": metrics.top5,
         "macro_top1": metrics.macro_top1,
+        **{f"{frequency}_top1": value for frequency, value in frequencies.items()},
         "num_samples": metrics.num_samples,
         "expected_samples": expected_samples,
         "void_samples": metrics.void_samples,

@@ -39,12 +39,19 @@ class _Strict(BaseModel):
 
 
 class SplitMetrics(_Strict):
-    """Metrics over the samples of one split: exact sums divided once. `top1`, `top5`, `macro_top1` are fractions."""
+    """Metrics over the samples of one split: exact sums divided once. Every `…top1` and `top5` is a fraction.
+
+    `macro_top1` is the mean recall of the classes present; `many_top1`, `medium_top1`, `few_top1` are the same over those of
+    a frequency (`data/frequency.py`), and absent where none of it is present.
+    """
 
     loss: float
     top1: float = Field(ge=0.0, le=1.0)
     top5: float = Field(ge=0.0, le=1.0)
     macro_top1: float = Field(ge=0.0, le=1.0)
+    many_top1: float | None = Field(default=None, ge=0.0, le=1.0)
+    medium_top1: float | None = Field(default=None, ge=0.0, le=1.0)
+    few_top1: float | None = Field(default=None, ge=0.0, le=1.0)
     num_samples: int = Field(gt=0)
     expected_samples: int = Field(gt=0)
     void_samples: int = Field(ge=0)
@@ -65,11 +72,13 @@ class EvaluationMetrics(SplitMetrics):
     """The metrics of an evaluation. Where samples have leaked, `clean` holds those over all others beside the whole.
 
     `leaked_samples` counts the samples that the weights had been trained on; absent where there is none, as is `clean`. Where
-    every sample has leaked there is no clean part, and it is absent, not zero.
+    every sample has leaked there is no clean part, and it is absent, not zero. `logit_adjustment` is the τ of
+    `evaluate --logit-adjustment`, absent where the logits are the model's own.
     """
 
     leaked_samples: int | None = Field(default=None, gt=0)
     clean: SplitMetrics | None = None
+    logit_adjustment: float | None = Field(default=None, gt=0.0)
 
     @model_validator(mode="after")
     def _leaked_and_clean_are_the_whole(self) -> EvaluationMetrics:
@@ -263,6 +272,10 @@ def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
             columns[f"{split}_top1_acc"] = [part and 100.0 * part.top1 for part in parts]
             columns[f"{split}_top5_acc"] = [part and 100.0 * part.top5 for part in parts]
             columns[f"{split}_macro_top1_acc"] = [part and 100.0 * part.macro_top1 for part in parts]
+            for name in ("many_top1", "medium_top1", "few_top1"):
+                held: list[float | None] = [getattr(part, name, None) for part in parts]
+                if any(value is not None for value in held):
+                    columns[f"{split}_{name}_acc"] = [None if value is None else 100.0 * value for value in held]
             columns[f"{split}_num_samples"] = [part and part.num_samples for part in parts]
     top1_labels = [row.train.top1_label for row in rows]
     if any(top1_labels):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from aplantida_dist.data.frequency import MEANING_OF_FREQUENCY, Frequency, frequency_of
 from aplantida_dist.data.manifest import identity_digest
 from aplantida_dist.errors import UserError
 
@@ -120,18 +122,36 @@ def compute(vector: Tensor) -> Metrics:
         )
     loss_sum = (head["loss_high"] << LIMB_BITS) + head["loss_low"]
     weight_sum = (head["weight_high"] << LIMB_BITS) + head["weight_low"]
-    recalls = [hit / count for hit, count in zip(hits, support, strict=True) if count]
     return Metrics(
         loss=float(Fraction(loss_sum, weight_sum)),
         top1=head["top1"] / head["samples"],
         top5=head["top5"] / head["samples"],
-        macro_top1=math.fsum(recalls) / len(recalls),
+        macro_top1=_mean_recall(zip(hits, support, strict=True)),
         num_samples=head["samples"],
         void_samples=head["void"],
         identity_digest=identity_digest(head["identity"]),
         class_support=tuple(support),
         class_hits=tuple(hits),
     )
+
+
+def top1_of_frequencies(metrics: Metrics, train_counts: Sequence[int]) -> dict[Frequency, float]:
+    """Mean recall of the classes present that are many, medium or few among the train samples (Liu et al. 2019).
+
+    train_counts: the train samples of each class index. It is macro_top1 over a part of the classes, each class of equal
+    weight however often the evaluated split holds it. A frequency of which no class is present is absent, not zero.
+    """
+    parts: dict[Frequency, list[tuple[int, int]]] = {frequency: [] for frequency in MEANING_OF_FREQUENCY}
+    for hits, support, train_count in zip(metrics.class_hits, metrics.class_support, train_counts, strict=True):
+        if support:
+            parts[frequency_of(train_count)].append((hits, support))
+    return {frequency: _mean_recall(part) for frequency, part in parts.items() if part}
+
+
+def _mean_recall(hits_and_support: Iterable[tuple[int, int]]) -> float:
+    """The mean of hits / support over the classes that have any."""
+    recalls = [hits / support for hits, support in hits_and_support if support]
+    return math.fsum(recalls) / len(recalls)
 
 
 def rank_of_label(logits: Tensor, labels: Tensor, class_indices: Tensor) -> Tensor:

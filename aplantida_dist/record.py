@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aplantida_dist.checkpoint import CheckpointError, Position, pack_optimizer, point_to, retain, save_checkpoint
 from aplantida_dist.files import write_json
-from aplantida_dist.history import EvaluationMetrics, History, Row
+from aplantida_dist.history import EvaluationMetrics, History, Row, SplitMetrics
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.progress import Progress
 from aplantida_dist.report import Report
@@ -29,6 +29,7 @@ class Provenance:
     code_version: str
     wandb_run_id: str
     lineage: Lineage
+    train_counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class MainRecord(Record):
             nonfinite_steps=so_far.nonfinite_steps,
             nonfinite_steps_of_run=so_far.nonfinite_steps_of_run,
             lineage=self.provenance.lineage.facts(),
+            train_counts=self.provenance.train_counts,
         )
         checkpoint = save_checkpoint(
             self.checkpoints_dir,
@@ -202,6 +204,7 @@ def summary_line(row: Row, *, is_best: bool) -> str:
     parts = [f"epoch {row.epoch}", f"train loss {train.loss:.4f} {top1} {100 * train.top1:.2f} %"]
     if row.val is not None:
         parts.append(f"val loss {row.val.loss:.4f} top-1 {100 * row.val.top1:.2f} % top-5 {100 * row.val.top5:.2f} %")
+        parts.append(classes_text(row.val))
         if row.val.leaked_samples:
             parts.append(clean_text(row.val))
     if row.val_ema is not None:
@@ -214,6 +217,13 @@ def summary_line(row: Row, *, is_best: bool) -> str:
         parts.append(f"{train.nonfinite_steps} steps left out (not finite), {train.void_samples} samples void")
     parts.append(f"{train.images_per_s:.1f} images/s, {100 * train.wait_fraction:.0f} % waiting")
     return " · ".join(parts) + (" · best so far" if is_best else "")
+
+
+def classes_text(metrics: SplitMetrics) -> str:
+    """The means over classes, for the screen, in percent: of all, and of those of each frequency that is present."""
+    held = {"many": metrics.many_top1, "medium": metrics.medium_top1, "few": metrics.few_top1}
+    told = [f"{frequency} {100 * value:.2f}" for frequency, value in held.items() if value is not None]
+    return f"macro {100 * metrics.macro_top1:.2f} %" + (f" ({', '.join(told)})" if told else "")
 
 
 def clean_text(metrics: EvaluationMetrics) -> str:

@@ -67,6 +67,7 @@ class Job:
     record: Record
     digests: dict[str, str]
     num_classes: int
+    train_counts: tuple[int, ...]
     seed: int
     mixing: Mixing
     objective: Objective
@@ -234,12 +235,13 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
     top1_label = {"top1_label": "dominant"} if job.mixing.acts_at(done - 1) else {}
     left_out = {"skipped_steps": so_far.skipped_steps, "nonfinite_steps": so_far.nonfinite_steps}
     left_out = {name: count for name, count in left_out.items() if count}
+    block = as_split_metrics(metrics, expected_samples=split.num_samples, train_counts=job.train_counts)
     row = make_row(
         epoch=epoch,
         step=done,
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         learning_rate=job.schedule.learning_rate(done - 1),
-        train={**as_split_metrics(metrics, expected_samples=split.num_samples), **speed, **left_out, **top1_label},
+        train={**block, **speed, **left_out, **top1_label},
         **_evaluate(job, epoch=epoch, done=done),
         digests=job.digests,
     )
@@ -295,7 +297,7 @@ def _evaluate_model(job: Job, bare_model: nn.Module, split: Split) -> Evaluation
         reading=job.reading,
         leaked=job.leaked,
     )
-    return as_evaluation_metrics(evaluation, expected_samples=split.num_samples)
+    return as_evaluation_metrics(evaluation, expected_samples=split.num_samples, train_counts=job.train_counts)
 
 
 def _save(job: Job, running: Running, done: int) -> None:

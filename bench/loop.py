@@ -165,6 +165,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         record=Record(),
         digests={},
         num_classes=load.num_classes,
+        train_counts=(1,) * load.num_classes,
         seed=SEED,
         mixing=Unmixed(),
         objective=CrossEntropy(label_smoothing=0.0),

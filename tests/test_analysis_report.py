@@ -69,13 +69,13 @@ def assert_whole(report: Report) -> None:
 
 @pytest.mark.parametrize("epochs", [1, 15])
 def test_a_run_of_any_length_has_a_whole_report(tmp_path: Path, epochs: int) -> None:
-    """All six plots, an overview, a page."""
+    """All seven plots, an overview, a page."""
     run_dir = write_run(
         tmp_path / "run", rows_of(healthy_columns(epochs=epochs, num_classes=10)), num_classes=10, config="seed: 0\n"
     )
     report = write_report([run_dir], out_dir=run_dir / "report")
     assert [path.name for path in report.plot_paths] == [
-        "loss.png", "top1.png", "top5.png", "learning_rate.png", "throughput.png", "wait_fraction.png",
+        "loss.png", "top1.png", "top5.png", "classes.png", "learning_rate.png", "throughput.png", "wait_fraction.png",
     ]  # fmt: skip
     assert_whole(report)
     text = report.page_path.read_text(encoding="utf-8")

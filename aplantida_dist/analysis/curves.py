@@ -18,11 +18,19 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True)
 class SplitCurves:
-    """The curves of one split. Accuracies are fractions, whatever the source wrote."""
+    """The curves of one split. Accuracies are fractions, whatever the source wrote.
+
+    The last four are means over classes: all that are present, and those that are many, medium or few in train. They are empty
+    where the source does not know them.
+    """
 
     loss: Series
     top1: Series
     top5: Series
+    macro_top1: Series = ()
+    many_top1: Series = ()
+    medium_top1: Series = ()
+    few_top1: Series = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,16 @@ class Best:
 def metrics_of(split: SplitCurves) -> dict[str, Series]:
     """The series of a split by the name that people know them by."""
     return {"loss": split.loss, "top-1": split.top1, "top-5": split.top5}
+
+
+def classes_of(split: SplitCurves) -> dict[str, Series]:
+    """The series of means over classes by the name that people know them by."""
+    return {
+        "macro top-1": split.macro_top1,
+        "many top-1": split.many_top1,
+        "medium top-1": split.medium_top1,
+        "few top-1": split.few_top1,
+    }
 
 
 def finite(series: Series) -> dict[int, float]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from aplantida_dist.analysis.curves import Curves, Series, best_epoch, finite
+from aplantida_dist.analysis.curves import Curves, Series, best_epoch, classes_of, finite
 from aplantida_dist.analysis.wording import loss_text, percent_text
 
 Floor = Literal["values", "zero", "whole"]
@@ -75,7 +75,7 @@ class Panel:
 
 
 def panels_of(runs: Sequence[Curves]) -> tuple[Panel, ...]:
-    """The panels that these runs have data for: loss, top-1, top-5, learning rate, throughput, wait fraction."""
+    """The panels that these runs have data for: loss, top-1, top-5, means over classes, learning rate, throughput, wait fraction."""
     candidates = (
         _split_panel(
             "loss", "Loss", runs, lambda c: (c.train.loss, c.val.loss, c.clean.loss, c.ema.loss), percent=False
@@ -86,6 +86,7 @@ def panels_of(runs: Sequence[Curves]) -> tuple[Panel, ...]:
         _split_panel(
             "top5", "Top-5 accuracy", runs, lambda c: (c.train.top5, c.val.top5, c.clean.top5, c.ema.top5), percent=True
         ),
+        _classes_panel(runs),
         _run_panel("learning_rate", "Learning rate", runs, lambda c: c.learning_rate, floor="zero"),
         _run_panel("throughput", "Images per second", runs, lambda c: c.images_per_s, floor="zero"),
         _run_panel("wait_fraction", "Time spent waiting for data", runs, lambda c: c.wait_fraction, floor="whole"),
@@ -126,6 +127,18 @@ def _split_panel(
         marks=tuple(marks),
         levels=() if percent else _guessing(runs),
     )
+
+
+def _classes_panel(runs: Sequence[Curves]) -> Panel:
+    """Validation top-1 averaged over classes: by frequency for one run; for several, that of the rare classes."""
+    if len(runs) == 1:
+        held = classes_of(runs[0].judged).items()
+        lines = [
+            Line(name.removesuffix(" top-1"), runs[0].epochs, values, _hue(i)) for i, (name, values) in enumerate(held)
+        ]
+        return Panel("classes", "Mean top-1 over classes, by frequency", _held(lines), floor="zero", percent=True)
+    lines = [Line(c.name, c.epochs, c.judged.few_top1, _hue(i)) for i, c in enumerate(runs)]
+    return Panel("classes", "Mean top-1 over classes with few train samples", _held(lines), floor="zero", percent=True)
 
 
 def _run_panel(name: str, title: str, runs: Sequence[Curves], of: Callable[[Curves], Series], *, floor: Floor) -> Panel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ COLUMN_NAMES: Mapping[str, tuple[str, ...]] = {
     "ema_loss": ("val_ema_clean_loss", "val_ema_loss"),
     "ema_top1": ("val_ema_clean_top1_acc", "val_ema_top1_acc"),
     "ema_top5": ("val_ema_clean_top5_acc", "val_ema_top5_acc"),
+    **{
+        f"{split}_{name}": (f"{column}_{name}_acc",)
+        for split, column in (("val", "val"), ("clean", "val_clean"))
+        for name in ("macro_top1", "many_top1", "medium_top1", "few_top1")
+    },
     "leaked": ("val_leaked_samples",),
     "learning_rate": ("learning_rate", "lr"),
     "images_per_s": ("images_per_s",),
@@ -35,7 +41,7 @@ COLUMN_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """What each series is called in training_history.json; the first name that a file holds is read."""
 
-_PERCENT = ("train_top1", "train_top5", "val_top1", "val_top5", "clean_top1", "clean_top5", "ema_top1", "ema_top5")
+_PERCENT = frozenset(series for series in COLUMN_NAMES if "_top" in series)
 _REMEDY = f"give a run folder with {HISTORY_FILE}, or a {COLUMNS_FILE}"
 
 
@@ -122,6 +128,10 @@ def _split_of(metrics: Sequence[SplitMetrics | None]) -> SplitCurves:
         loss=tuple(None if m is None else m.loss for m in metrics),
         top1=tuple(None if m is None else m.top1 for m in metrics),
         top5=tuple(None if m is None else m.top5 for m in metrics),
+        macro_top1=tuple(None if m is None else m.macro_top1 for m in metrics),
+        many_top1=tuple(None if m is None else m.many_top1 for m in metrics),
+        medium_top1=tuple(None if m is None else m.medium_top1 for m in metrics),
+        few_top1=tuple(None if m is None else m.few_top1 for m in metrics),
     )
 
 
@@ -162,7 +172,7 @@ def _read_file(record: Path, *, name: str, num_classes: int | None) -> Curves:
         path=record,
         epochs=_epochs_of(columns.get("epoch"), length=length),
         train=SplitCurves(values["train_loss"], values["train_top1"], values["train_top5"]),
-        val=SplitCurves(values["val_loss"], values["val_top1"], values["val_top5"]),
+        val=_split_of_columns(values, "val"),
         learning_rate=values["learning_rate"],
         images_per_s=values["images_per_s"],
         wait_fraction=values["wait_fraction"],
@@ -170,10 +180,14 @@ def _read_file(record: Path, *, name: str, num_classes: int | None) -> Curves:
         num_classes_from=_classes_from(None, num_classes),
         column_lengths=lengths,
         unreadable=tuple(unreadable),
-        clean=SplitCurves(values["clean_loss"], values["clean_top1"], values["clean_top5"]),
+        clean=_split_of_columns(values, "clean"),
         leaked=values["leaked"],
         ema=SplitCurves(values["ema_loss"], values["ema_top1"], values["ema_top5"]),
     )
+
+
+def _split_of_columns(values: Mapping[str, Series], split: str) -> SplitCurves:
+    return SplitCurves(**{part.name: values[f"{split}_{part.name}"] for part in fields(SplitCurves)})
 
 
 def _columns_of(content: Any, *, record: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from aplantida_dist.analysis.curves import Curves, Series, best_epoch, finite
+from aplantida_dist.analysis.curves import Curves, Series, best_epoch, classes_of, finite
 from aplantida_dist.analysis.wording import ABSENT, list_text, loss_text, percent_text, rate_text, speed_text
 
 
@@ -33,6 +33,7 @@ def epoch_table(curves: Curves) -> Table:
         ("clean val top-1", curves.clean.top1, percent_text),
         (f"EMA {curves.judged_name} loss", curves.ema.loss, loss_text),
         (f"EMA {curves.judged_name} top-1", curves.ema.top1, percent_text),
+        *((f"{curves.judged_name} {name}", series, percent_text) for name, series in classes_of(curves.judged).items()),
         ("images/s", curves.images_per_s, speed_text),
         ("wait", curves.wait_fraction, percent_text),
     )
