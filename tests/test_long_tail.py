@@ -304,7 +304,7 @@ def test_a_checkpoint_without_counts_is_evaluated_without_frequencies(
     shutil.copytree(run, old)
     (position,) = old.glob("checkpoints/step_*/position.json")
     content = json.loads(position.read_text())
-    assert content.pop("train_counts") == list(open_dataset(dataset_dir).open_split("train").class_counts(6))
+    assert content.pop("train_counts") == open_dataset(dataset_dir).open_split("train").counts_of_classes(6)
     position.write_text(json.dumps(content))
     (finished,) = evaluate(old, dataset_dir, tmp_path)
     assert (finished.code, "does not tell its train counts" in finished.stdout) == (0, True)
@@ -337,7 +337,7 @@ def test_the_counts_of_a_limited_split_are_those_of_its_samples(dataset_dir: Pat
                     labels.append(int(content.read()))
     split = open_dataset(dataset_dir).open_split("train", max_samples=max_samples)
     counted = Counter(labels[:max_samples])
-    assert split.class_counts(6) == tuple(counted[label] for label in range(6))
+    assert split.counts_of_classes(6) == [counted[label] for label in range(6)]
 
 
 def test_classes_without_train_samples_cost_no_infinity(dataset_dir: Path, tmp_path: Path) -> None:
