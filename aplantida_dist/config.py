@@ -50,7 +50,9 @@ def _argument(value: Any) -> Any:
 def _metric(name: str) -> str:
     split, _, metric = name.partition(".")
     if split not in ("train", "val", "val_ema") or metric not in ("loss", "top1", "top5", "macro_top1"):
-        raise ValueError("train or val (or val_ema), a point, and loss, top1, top5 or macro_top1")
+        raise ValueError(
+            "train or val, a point, and loss, top1, top5 or macro_top1; val_ema in the place of val is the EMA's"
+        )
     return name
 
 
