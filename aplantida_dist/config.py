@@ -51,9 +51,6 @@ def _argument(value: Any) -> Any:
 
 
 def _metric(name: str) -> str:
-    split, _, metric = name.partition(".")
-    if split not in ("train", "val", "val_ema") or metric not in ("loss", "top1", "top5", "macro_top1"):
-        raise ValueError("train or val (or val_ema), a point, and loss, top1, top5 or macro_top1")
     if not re.fullmatch(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+", name):
         raise ValueError("names with points between, as a row of the history nests them, such as val.macro_top1")
     return name
