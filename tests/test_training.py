@@ -24,15 +24,15 @@ from tests.runs import compose, rows_of, write_config
 STEPS = 20
 
 
-def losses_of_steps(config: Path, run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Train STEPS steps on this rank; the loss of each over all ranks, the keys read in order, the weights at the end."""
+def losses_of_steps(config: Path, run_dir: Path, overrides: Sequence[str], num_steps: int = STEPS) -> dict[str, Any]:
+    """Train so many steps on this rank; the loss of each over all ranks, the keys read in order, the weights at the end."""
     job = compose(config, run_dir, overrides).job
     job.model.train()
     running = Running(Totals(job.num_classes, job.world.device))
     keys: list[Any] = []
     batches = ((keys.append((tuple(batch.at), batch.sample_keys)), batch)[1] for batch in read_ahead(job, 0))
     losses = []
-    for step in range(STEPS):
+    for step in range(num_steps):
         run_step(job, batches, running, step)
         losses.append(compute(job.world.sum_across_ranks(running.totals.vector)).loss)
         running.reset()
