@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from aplantida_dist import __version__
@@ -19,12 +20,15 @@ from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import TrainPlan
 from aplantida_dist.data.stream import Reading
+from aplantida_dist.execution import arrange, synchronize_batchnorm
+from aplantida_dist.freezing import freeze, make_freezing
 from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.metrics import Totals
-from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
+from aplantida_dist.model import Normalize, PixelConvention, build_model, pixel_convention
 from aplantida_dist.objective import CrossEntropy
+from aplantida_dist.optimizer import build_optimizer
 from aplantida_dist.origin import trace_origin_across_ranks
 from aplantida_dist.progress import open_progress
 from aplantida_dist.record import MainRecord, Provenance, Record
@@ -92,14 +96,9 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         allow_leak=request.allow_leak,
     )
     pixels = pixel_convention(ground.model)
-    optimizer = world.agree_across_ranks(
-        lambda: build_optimizer(
-            ground.model,
-            name=config.optimizer.name,
-            weight_decay=config.optimizer.weight_decay,
-            kwargs=config.optimizer.kwargs,
-        )
-    )
+    head_only_steps = math.ceil(config.model.head_only_epochs * ground.plan.steps_per_epoch)
+    freezing = world.agree_across_ranks(lambda: make_freezing(ground.model, head_only_steps=head_only_steps))
+    optimizer = world.agree_across_ranks(lambda: _optimizer(config, ground.model))
     model, prepared = world.prepare(ground.model, optimizer)
     running = Running(Totals(ground.class_map.num_classes, world.device))
     if ground.checkpoint is not None:
@@ -120,7 +119,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         world=world,
         model=model,
         optimizer=prepared,
-        normalize=Normalize(pixels, world.device),
+        normalize=normalize_of(config, pixels, world),
         plan=ground.plan,
         schedule=schedule,
         train_split=ground.train_split,
@@ -134,7 +133,9 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         num_classes=ground.class_map.num_classes,
         seed=config.seed,
         objective=CrossEntropy(label_smoothing=config.loss.label_smoothing),
+        freezing=freezing,
         clip_norm=config.train.clip_norm,
+        clip_agc=config.train.clip_agc,
         log_every_steps=config.train.log_every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
         evaluate_every_epochs=config.evaluation.every_epochs,
@@ -151,14 +152,39 @@ def reading_of(config: Config, world: World) -> Reading:
 
 
 def model_of(config: Config, *, num_classes: int, pretrained: bool) -> nn.Module:
-    """The model that a config describes."""
-    return build_model(
+    """The model that a config describes, arranged to compute as it says."""
+    settings = config.model
+    model = build_model(
         config.model.name,
         num_classes=num_classes,
         image_size=config.data.image_size,
         pretrained=pretrained,
         kwargs=config.model.kwargs,
         seed=config.seed,
+    )
+    arrange(
+        model,
+        grad_checkpointing=settings.grad_checkpointing,
+        channels_last=settings.channels_last,
+        compile_with=settings.compile,
+    )
+    return model
+
+
+def normalize_of(config: Config, pixels: PixelConvention, world: World) -> Normalize:
+    """How pictures come to the model: in its pixel convention and memory format."""
+    return Normalize(pixels, world.device, is_channels_last=config.model.channels_last)
+
+
+def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    return build_optimizer(
+        model,
+        name=settings.name,
+        peak_lr=settings.peak_lr,
+        weight_decay=settings.weight_decay,
+        layer_decay=settings.layer_decay,
+        kwargs=settings.kwargs,
     )
 
 
@@ -191,6 +217,9 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
     elif init_from is not None:
         beginning = begin_with(model, open_ancestor(Path(init_from)), class_map=dataset.class_map)
         digests["init_from"] = beginning.descent.digest
+    if config.model.sync_batchnorm:
+        model = synchronize_batchnorm(model, device=world.device)
+    freeze(model, config.model.freeze)
     plan = TrainPlan(
         shard_sizes=train_split.shard_sizes,
         seed=config.seed,
@@ -214,14 +243,19 @@ def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimize
 
 
 def _schedule(config: Config, plan: TrainPlan) -> Schedule:
-    """The schedule in steps. A constant rate has no end to fall to, so `final_lr` is not read for it."""
+    """The schedule in steps. A constant rate has no end to fall to, so `final_lr` is not read for it; `decay_epochs` is read for wsd alone."""
     settings = config.schedule
+    warmup_steps = math.ceil(settings.warmup_epochs * plan.steps_per_epoch)
+    total_steps = config.train.epochs * plan.steps_per_epoch
+    decay_epochs = settings.decay_epochs if settings.kind == "wsd" else None
     return Schedule(
         kind=settings.kind,
         peak_lr=config.optimizer.peak_lr,
         final_lr=config.optimizer.peak_lr if settings.kind == "constant" else settings.final_lr,
-        warmup_steps=math.ceil(settings.warmup_epochs * plan.steps_per_epoch),
-        total_steps=config.train.epochs * plan.steps_per_epoch,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+        # Rounding both up may make them overlap by a step, which is the warm-up's.
+        decay_steps=min(math.ceil((decay_epochs or 0.0) * plan.steps_per_epoch), total_steps - warmup_steps),
     )
 
 

@@ -121,6 +121,9 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield small, f"at most {large}, {show(values[large])}{reason}"
     if known("model.pretrained", "model.init_from") and values["model.pretrained"] and values["model.init_from"]:
         yield "model.pretrained", "false where model.init_from says what to begin with"
+    if known("train.clip_agc", "train.clip_norm") and values["train.clip_agc"] and values["train.clip_norm"]:
+        yield "train.clip_agc", "null beside train.clip_norm, or train.clip_norm null"
+    yield from _decay_relations(values)
     every, metric, mode = "evaluation.every_epochs", "checkpoint.best_metric", "checkpoint.best_mode"
     if known(metric, every) and values[every] == 0 and values[metric].startswith("val."):
         yield metric, f"a metric of train, such as train.loss, where {every} is 0"
@@ -128,8 +131,26 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield mode, f"{'max' if values[mode] == 'min' else 'min'} for {metric} {values[metric]}"
 
 
+def _decay_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A wsd schedule says when it falls, and has warmed up by then."""
+    kind, decay, warmup, epochs = (
+        values.get(name)
+        for name in ("schedule.kind", "schedule.decay_epochs", "schedule.warmup_epochs", "train.epochs")
+    )
+    if kind != "wsd" or "schedule.decay_epochs" not in values:
+        return
+    if decay is None:
+        yield "schedule.decay_epochs", "the number of epochs in which wsd falls to final_lr"
+    elif warmup is not None and epochs is not None and warmup <= epochs < warmup + decay:
+        yield (
+            "schedule.decay_epochs",
+            f"at most {show(epochs - warmup)}, what train.epochs has left after schedule.warmup_epochs",
+        )
+
+
 _AT_MOST = (
     ("schedule.warmup_epochs", "train.epochs", ""),
+    ("model.head_only_epochs", "train.epochs", ""),
     ("schedule.final_lr", "optimizer.peak_lr", ""),
     ("evaluation.every_epochs", "train.epochs", ", so that there is an evaluation; 0 never evaluates"),
 )

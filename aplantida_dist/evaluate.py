@@ -12,7 +12,7 @@ from torch import nn
 
 from aplantida_dist.checkpoint import Checkpoint, load_model_state
 from aplantida_dist.command import CommandParser, run_command
-from aplantida_dist.compose import evaluation_transform_of, model_of, reading_of
+from aplantida_dist.compose import evaluation_transform_of, model_of, normalize_of, reading_of
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
@@ -22,7 +22,7 @@ from aplantida_dist.evaluation import as_evaluation_metrics, evaluate_across_ran
 from aplantida_dist.files import write_json
 from aplantida_dist.history import EvaluationMetrics
 from aplantida_dist.lineage import Identities
-from aplantida_dist.model import Normalize, pixel_convention
+from aplantida_dist.model import pixel_convention
 from aplantida_dist.origin import leak_error, leak_text, unknown_lines
 from aplantida_dist.record import clean_text
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
@@ -51,7 +51,7 @@ def main() -> None:
             split=split,
             num_classes=num_classes,
             transform=evaluation_transform_of(config, pixels),
-            normalize=Normalize(pixels, world.device),
+            normalize=normalize_of(config, pixels, world),
             micro_batch_size=config.evaluation.micro_batch_size,
             reading=reading_of(config, world),
             leaked=leaked,

@@ -17,11 +17,12 @@ from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
 from aplantida_dist.errors import UserError
 from aplantida_dist.evaluation import as_evaluation_metrics, as_split_metrics, evaluate_across_ranks
+from aplantida_dist.freezing import Freezing
 from aplantida_dist.history import EvaluationMetrics, make_row
 from aplantida_dist.lineage import Identities
 from aplantida_dist.metrics import Totals, compute, require_coverage, void_samples
-from aplantida_dist.model import set_learning_rate
 from aplantida_dist.objective import Objective, Targets
+from aplantida_dist.optimizer import clip_adaptively, set_learning_rate
 from aplantida_dist.record import EpochSoFar, Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.seeds import derive
@@ -53,7 +54,9 @@ class Job:
     num_classes: int
     seed: int
     objective: Objective
+    freezing: Freezing
     clip_norm: float | None
+    clip_agc: float | None
     log_every_steps: int
     checkpoint_every_steps: int | None
     evaluate_every_epochs: int
@@ -84,9 +87,11 @@ def train(job: Job, *, start_step: int, running: Running) -> None:
     """
     total_steps = job.schedule.total_steps
     batches = read_ahead(job, start_step)
-    job.model.train()
+    job.freezing.set_modes(job.model, start_step)
     started_s = time.monotonic()
     for step in range(start_step, total_steps):
+        if job.freezing.changes_at(step):
+            job.freezing.set_modes(job.model, step)
         run_step(job, batches, running, step)
         done = step + 1
         ends_epoch = done % job.plan.steps_per_epoch == 0
@@ -138,10 +143,14 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         running.totals.update(
             logits.detach(), losses.detach(), labels=batch.labels, weights=batch.weights, identities=batch.identities
         )
+    job.freezing.drop_gradients(step)
     if job.extra_checks:
         _check_gradients(job.model, step)
     if job.clip_norm is not None:
         job.world.accelerator.clip_grad_norm_(job.model.parameters(), job.clip_norm)
+    if job.clip_agc is not None:
+        job.world.accelerator.unscale_gradients(job.optimizer)
+        clip_adaptively(job.freezing.backbone, job.clip_agc)
     job.optimizer.step()
     running.skipped_steps += bool(job.optimizer.step_was_skipped)
     job.optimizer.zero_grad()
