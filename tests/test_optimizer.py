@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ def test_layer_decay_slows_each_layer_below_the_head() -> None:
     rate_of = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
     blocks = [rate_of[f"blocks.{i}.mlp.fc1.weight"] for i in range(len(model.blocks))]
     assert rate_of["head.weight"] == 1.0
-    assert all(below == above / 2 for below, above in zip(blocks[:-1], blocks[1:], strict=True))
+    assert all(below == above / 2 for below, above in itertools.pairwise(blocks))
     assert rate_of["patch_embed.proj.weight"] == blocks[0] / 2
 
 

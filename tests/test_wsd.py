@@ -10,6 +10,7 @@ import pytest
 
 from aplantida_dist.config import ConfigError
 from aplantida_dist.config_file import load_config
+from aplantida_dist.errors import UserError
 from aplantida_dist.schedule import Schedule
 from tests.ranks import command_on_ranks
 from tests.runs import compose, rows_of, write_config
@@ -65,7 +66,7 @@ def test_wsd_says_when_it_falls(dataset_dir: Path, tmp_path: Path, overrides: li
 def test_other_kinds_do_not_read_decay_epochs(dataset_dir: Path, tmp_path: Path) -> None:
     """A key that nothing reads is an error."""
     config = write_config(tmp_path / "config.yaml", dataset_dir)
-    with pytest.raises(ConfigError, match=r"decay_epochs: is set to 1\.0, but nothing reads it"):
+    with pytest.raises(UserError, match=r"decay_epochs: is set to 1\.0, but nothing reads it"):
         compose(config, tmp_path / "run", ["schedule.decay_epochs=1.0"])
 
 
