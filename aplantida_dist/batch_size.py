@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from aplantida_dist.compose import Request, model_of
+from aplantida_dist.compose import Request, model_of, optimizer_of
 from aplantida_dist.config import Config
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.errors import UserError
 from aplantida_dist.loss import cross_entropy
-from aplantida_dist.model import Normalize, build_optimizer, pixel_convention, set_learning_rate
+from aplantida_dist.model import Normalize, pixel_convention
+from aplantida_dist.optimizer import set_learning_rate
 from aplantida_dist.run_folder import find_checkpoint
 from aplantida_dist.world import World, is_out_of_memory
 
@@ -127,9 +128,7 @@ class Trial:
         self._normalize = Normalize(pixel_convention(model), world.device)
         self._model: nn.Module = model.to(world.device).train()
         settings = config.optimizer
-        self._optimizer = build_optimizer(
-            self._model, name=settings.name, weight_decay=settings.weight_decay, kwargs=settings.kwargs
-        )
+        self._optimizer = optimizer_of(config, self._model)
         set_learning_rate(self._optimizer, 0.0)
         self._image_size, self._world = config.data.image_size, world
 

@@ -230,7 +230,8 @@ def load_model_state(model: nn.Module, checkpoint: Checkpoint, weights: Weights 
 def pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state into tensors, keyed `parameter name/state name`, and what is JSON (no pickle).
 
-    The second part holds `groups` (each parameter group's settings, some of which count steps) and `scalars`.
+    The second part holds `groups` (each parameter group's settings, some of which count steps) and `scalars`. A tensor of a group,
+    such as LAMB's count of steps, is keyed `group number//setting name`. A setting that is neither, such as a dtype, is the config's to make again.
     """
     names = _parameter_names(model, optimizer)
     state = optimizer.state_dict()
@@ -240,7 +241,10 @@ def pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
         for key, value in entries.items():
             place = tensors if isinstance(value, Tensor) else scalars
             place[f"{names[index]}/{key}"] = value
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+    groups: list[dict[str, Any]] = []
+    for number, group in enumerate(state["param_groups"]):
+        tensors |= {f"{number}//{key}": value for key, value in group.items() if isinstance(value, Tensor)}
+        groups.append({key: value for key, value in group.items() if key != "params" and _is_plain(value)})
     return tensors, json.loads(canonical_json({"groups": groups, "scalars": scalars}))
 
 
@@ -248,24 +252,30 @@ def unpack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpo
     """Give an optimizer the state that `pack_optimizer` took; CheckpointError where the parameters are not the same."""
     names = _parameter_names(model, optimizer)
     indices = {name: index for index, name in enumerate(names)}
+    parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Tensor]] = {}
     packed = {**checkpoint.optimizer_state(), **checkpoint.position.optimizer["scalars"]}
     for place, value in packed.items():
         name, _, key = place.rpartition("/")
+        if name.endswith("/"):
+            settings.setdefault(name.removesuffix("/"), {})[key] = value
+            continue
         if name not in indices:
             raise CheckpointError(
                 f"{checkpoint.path}: the optimizer knows {name}, the model does not; use the config that it was trained with"
             )
-        state.setdefault(indices[name], {})[key] = value
+        state.setdefault(indices[name], {})[key] = _laid_out_like(parameters[name], value)
     current = optimizer.state_dict()
     groups = checkpoint.position.optimizer["groups"]
     if len(groups) != len(current["param_groups"]):
         raise CheckpointError(
             f"{checkpoint.path}: {len(groups)} parameter groups, the optimizer has {len(current['param_groups'])}; use the config that it was trained with"
         )
-    for ours, theirs in zip(current["param_groups"], groups, strict=True):
+    for number, (ours, theirs) in enumerate(zip(current["param_groups"], groups, strict=True)):
         # JSON has no tuples, and optimizers such as AdamW keep their betas in one.
         ours.update({key: tuple(value) if isinstance(ours.get(key), tuple) else value for key, value in theirs.items()})
+        ours.update(settings.get(str(number), {}))
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
 
 
@@ -273,6 +283,20 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     """The name of each parameter at the place where the optimizer's state_dict numbers it."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON holds it, a tuple as a list."""
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _laid_out_like(parameter: nn.Parameter, value: Any) -> Any:
+    """State of the parameter's shape in the parameter's memory format: files keep values alone, and the order of a sum follows the format."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_strided(value.shape, parameter.stride(), dtype=value.dtype).copy_(value)
 
 
 def _sync_file(path: Path) -> None:

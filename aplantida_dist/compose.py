@@ -23,15 +23,18 @@ from aplantida_dist.data.stream import Reading
 from aplantida_dist.distillation import Distillation, share_classes
 from aplantida_dist.ema import Ema, build_ema
 from aplantida_dist.errors import UserError
+from aplantida_dist.execution import arrange, synchronize_batchnorm
+from aplantida_dist.freezing import freeze, make_freezing
 from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.long_tail import ClassWeighted, Focal, LogitAdjusted, effective_number_weights, log_prior
 from aplantida_dist.metrics import Totals
 from aplantida_dist.mixing import Mixing, MixupCutmix, Unmixed
-from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
+from aplantida_dist.model import Normalize, PixelConvention, build_model, pixel_convention
 from aplantida_dist.nonfinite import NonFinitePolicy, Watch
 from aplantida_dist.objective import BinaryCrossEntropy, CrossEntropy, Objective
+from aplantida_dist.optimizer import build_optimizer
 from aplantida_dist.origin import trace_origin_across_ranks
 from aplantida_dist.progress import open_progress
 from aplantida_dist.record import MainRecord, Provenance, Record
@@ -104,15 +107,10 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         allow_leak=request.allow_leak,
     )
     pixels = pixel_convention(ground.model)
-    optimizer = world.agree_across_ranks(
-        lambda: build_optimizer(
-            ground.model,
-            name=config.optimizer.name,
-            weight_decay=config.optimizer.weight_decay,
-            kwargs=config.optimizer.kwargs,
-        )
-    )
     ema = world.agree_across_ranks(lambda: _open_ema(config, ground, world=world))
+    head_only_steps = math.ceil(config.model.head_only_epochs * ground.plan.steps_per_epoch)
+    freezing = world.agree_across_ranks(lambda: make_freezing(ground.model, head_only_steps=head_only_steps))
+    optimizer = world.agree_across_ranks(lambda: optimizer_of(config, ground.model))
     model, prepared = world.prepare(ground.model, optimizer)
     running = Running(Totals(ground.class_map.num_classes, world.device))
     if ground.checkpoint is not None:
@@ -135,7 +133,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         model=model,
         optimizer=prepared,
         ema=ema,
-        normalize=Normalize(pixels, world.device),
+        normalize=normalize_of(config, pixels, world),
         plan=ground.plan,
         schedule=schedule,
         train_split=ground.train_split,
@@ -156,6 +154,8 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         nonfinite=_nonfinite_policy(config),
         stopping=stopping,
         metrics_to_hold=(config.checkpoint.best_metric, *([] if stopping is None else [stopping.metric])),
+        freezing=freezing,
+        clip_agc=config.train.clip_agc,
         log_every_steps=config.train.log_every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
         evaluate_every_epochs=config.evaluation.every_epochs,
@@ -180,14 +180,40 @@ def reading_of(config: Config, world: World) -> Reading:
 
 
 def model_of(config: Config, *, num_classes: int, pretrained: bool) -> nn.Module:
-    """The model that a config describes."""
-    return build_model(
+    """The model that a config describes, arranged to compute as it says."""
+    settings = config.model
+    model = build_model(
         config.model.name,
         num_classes=num_classes,
         image_size=config.data.image_size,
         pretrained=pretrained,
         kwargs=config.model.kwargs,
         seed=config.seed,
+    )
+    arrange(
+        model,
+        grad_checkpointing=settings.grad_checkpointing,
+        channels_last=settings.channels_last,
+        compile_with=settings.compile,
+    )
+    return model
+
+
+def normalize_of(config: Config, pixels: PixelConvention, world: World) -> Normalize:
+    """How pictures come to the model: in its pixel convention and memory format."""
+    return Normalize(pixels, world.device, is_channels_last=config.model.channels_last)
+
+
+def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that a config describes."""
+    settings = config.optimizer
+    return build_optimizer(
+        model,
+        name=settings.name,
+        peak_lr=settings.peak_lr,
+        weight_decay=settings.weight_decay,
+        layer_decay=settings.layer_decay,
+        kwargs=settings.kwargs,
     )
 
 
@@ -224,6 +250,9 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
     elif init_from is not None:
         beginning = begin_with(model, open_ancestor(Path(init_from)), class_map=dataset.class_map)
         digests["init_from"] = beginning.descent.digest
+    if config.model.sync_batchnorm:
+        model = synchronize_batchnorm(model, device=world.device)
+    freeze(model, config.model.freeze)
     plan = TrainPlan(
         shard_sizes=train_split.shard_sizes,
         seed=config.seed,
@@ -304,14 +333,19 @@ def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimize
 
 
 def _schedule(config: Config, plan: TrainPlan) -> Schedule:
-    """The schedule in steps. A constant rate has no end to fall to, so `final_lr` is not read for it."""
+    """The schedule in steps. A constant rate has no end to fall to, so `final_lr` is not read for it; `decay_epochs` is read for wsd alone."""
     settings = config.schedule
+    warmup_steps = math.ceil(settings.warmup_epochs * plan.steps_per_epoch)
+    total_steps = config.train.epochs * plan.steps_per_epoch
+    decay_epochs = settings.decay_epochs if settings.kind == "wsd" else None
     return Schedule(
         kind=settings.kind,
         peak_lr=config.optimizer.peak_lr,
         final_lr=config.optimizer.peak_lr if settings.kind == "constant" else settings.final_lr,
-        warmup_steps=math.ceil(settings.warmup_epochs * plan.steps_per_epoch),
-        total_steps=config.train.epochs * plan.steps_per_epoch,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+        # Rounding both up may make them overlap by a step, which is the warm-up's.
+        decay_steps=min(math.ceil((decay_epochs or 0.0) * plan.steps_per_epoch), total_steps - warmup_steps),
     )
 
 

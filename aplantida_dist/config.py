@@ -149,6 +149,20 @@ class ModelSection(Section):
     """
     kwargs: Arguments = {}
     """Further arguments of `timm.create_model`, such as drop_path_rate. Image size and number of classes come by themselves."""
+    freeze: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Modules or parameters by their names in the model, such as [patch_embed, blocks.0], that never change: neither gradient nor
+    weight decay touches them, and a module that is frozen whole stays in evaluation mode, so its BatchNorm statistics and dropout too."""
+    head_only_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    """Epochs, also fractions of one, at the beginning in which the classifier alone trains and all else is as if frozen; from 0 to
+    train.epochs. Source: linear probing before fine-tuning (Kumar et al. 2022)."""
+    grad_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass instead of kept: less memory, about a third more time. Source: Chen et al. 2016."""
+    channels_last: bool = False
+    """Whether weights and pictures lie in memory with the channels innermost (NHWC), as convolutions on tensor cores want them."""
+    compile: Literal["inductor", "aot_eager", "eager"] | None = None
+    """Backend by which `torch.compile` compiles the model: inductor for speed, the others to find faults; null does not compile."""
+    sync_batchnorm: bool = False
+    """Whether BatchNorm takes its statistics over all ranks' micro-batches (SyncBN); GPUs only."""
 
 
 class OptimizerSection(Section):
@@ -160,6 +174,8 @@ class OptimizerSection(Section):
     """Learning rate at the end of the warm-up, above 0, for train.global_batch_size as written: it is never rescaled."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     """Decoupled weight decay, at least 0; biases and norms are left out. Source: ViT fine-tuning (MAE, DeiT)."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Factor of the learning rate from each layer to the one below, in (0, 1]; the head's is 1. null has one rate. Source: Clark et al. 2020 (ELECTRA), BEiT."""
     kwargs: Arguments = {}
     """Further arguments of the optimizer, such as betas."""
 
@@ -167,12 +183,17 @@ class OptimizerSection(Section):
 class ScheduleSection(Section):
     """How the learning rate moves with the step."""
 
-    kind: Literal["cosine", "linear", "constant"]
-    """Its course from peak_lr, after the warm-up, to final_lr at the end. Source of cosine: Loshchilov & Hutter 2017."""
+    kind: Literal["cosine", "linear", "constant", "wsd"]
+    """Its course from peak_lr, after the warm-up, to final_lr at the end; wsd (warm-up, stable, decay) stays at peak_lr and falls at the end.
+
+    Source of cosine: Loshchilov & Hutter 2017; of wsd: Hu et al. 2024, Hägele et al. 2024.
+    """
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
     """Epochs, also fractions of one, of linear rise to peak_lr; from 0 to train.epochs. Source: Goyal et al. 2017."""
     final_lr: Annotated[float, Field(ge=0.0)] = 0.0
     """Learning rate at the end, from 0 to peak_lr. A constant schedule does not read it."""
+    decay_epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Epochs, also fractions of one, of linear fall to final_lr at the end of wsd; above 0, and with warmup_epochs at most train.epochs."""
 
 
 class MixingSection(Section):
@@ -263,6 +284,9 @@ class TrainSection(Section):
     """
     nonfinite_budget: Count = 3
     """Steps that `skip` may leave out in the whole run, at least 1; one more stops it. `stop` does not read it."""
+    clip_agc: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest norm of a unit's gradient, as a multiple of the norm of its weights, above 0, such as 0.01; the head is left out. null does
+    not clip; not beside clip_norm. Source: adaptive gradient clipping (Brock et al. 2021)."""
     log_every_steps: Count = 10
     """Steps between two lines of progress; at least 1."""
     timeout_s: Count = 600

@@ -137,6 +137,9 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield label, f"above 0 where {soft} is 0, or nothing would be learned"
     if known(micro, "evaluation.micro_batch_size") and values["evaluation.micro_batch_size"] == "auto" != values[micro]:
         yield "evaluation.micro_batch_size", f"a number, or {micro} to be auto as well"
+    if known("train.clip_agc", "train.clip_norm") and values["train.clip_agc"] and values["train.clip_norm"]:
+        yield "train.clip_agc", "null beside train.clip_norm, or train.clip_norm null"
+    yield from _decay_relations(values)
     yield from _metric_relations(values, metric="checkpoint.best_metric", mode="checkpoint.best_mode")
     if values.get("stopping.patience_epochs") is not None:
         yield from _metric_relations(values, metric="stopping.metric", mode="stopping.mode")
@@ -155,8 +158,27 @@ def _metric_relations(values: Mapping[str, Any], *, metric: str, mode: str) -> I
 
 _ALPHAS = ("mixing.mixup_alpha", "mixing.cutmix_alpha")
 
+
+def _decay_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A wsd schedule says when it falls, and has warmed up by then."""
+    kind, decay, warmup, epochs = (
+        values.get(name)
+        for name in ("schedule.kind", "schedule.decay_epochs", "schedule.warmup_epochs", "train.epochs")
+    )
+    if kind != "wsd" or "schedule.decay_epochs" not in values:
+        return
+    if decay is None:
+        yield "schedule.decay_epochs", "the number of epochs in which wsd falls to final_lr"
+    elif warmup is not None and epochs is not None and warmup <= epochs < warmup + decay:
+        yield (
+            "schedule.decay_epochs",
+            f"at most {show(epochs - warmup)}, what train.epochs has left after schedule.warmup_epochs",
+        )
+
+
 _AT_MOST = (
     ("schedule.warmup_epochs", "train.epochs", ""),
+    ("model.head_only_epochs", "train.epochs", ""),
     ("schedule.final_lr", "optimizer.peak_lr", ""),
     ("evaluation.every_epochs", "train.epochs", ", so that there is an evaluation; 0 never evaluates"),
 )

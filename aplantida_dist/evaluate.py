@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aplantida_dist.checkpoint import Checkpoint, CheckpointError, load_model_state
 from aplantida_dist.command import CommandParser, positive, run_command
-from aplantida_dist.compose import decided, evaluation_transform_of, model_of, reading_of
+from aplantida_dist.compose import decided, evaluation_transform_of, model_of, normalize_of, reading_of
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
@@ -23,7 +23,7 @@ from aplantida_dist.files import write_json
 from aplantida_dist.history import EvaluationMetrics
 from aplantida_dist.lineage import Identities
 from aplantida_dist.long_tail import ShiftedLogits, log_prior
-from aplantida_dist.model import Normalize, pixel_convention
+from aplantida_dist.model import pixel_convention
 from aplantida_dist.origin import leak_error, leak_text, unknown_lines
 from aplantida_dist.record import classes_text, clean_text
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
@@ -57,8 +57,8 @@ def main() -> None:
             split=split,
             num_classes=num_classes,
             transform=evaluation_transform_of(config, pixels),
-            normalize=Normalize(pixels, world.device),
             micro_batch_size=decided(config.evaluation.micro_batch_size),
+            normalize=normalize_of(config, pixels, world),
             reading=reading_of(config, world),
             leaked=leaked,
             write_predictions=_writer(arguments.predictions, world, files) if arguments.predictions else None,

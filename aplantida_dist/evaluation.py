@@ -61,7 +61,7 @@ def evaluate_across_ranks(
     micro_batches = MicroBatches(split, plan, transform, seed=0, with_metadata=write_predictions is not None)
     totals, clean_totals = Totals(num_classes, world.device), Totals(num_classes, world.device)
     leaked_here = torch.from_numpy(leaked).to(world.device)
-    was_training = model.training
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     with torch.no_grad():
         for read in stream(micro_batches, [Coordinates(0, 0, slot) for slot in slots], reading=reading):
@@ -77,7 +77,8 @@ def evaluate_across_ranks(
                 for lines in world.gather_across_ranks(list(prediction_lines(read, logits, losses))):
                     if world.is_main:
                         write_predictions("".join(lines))
-    model.train(was_training)
+    for module in in_training:  # frozen ones are not
+        module.training = True
     whole, clean = world.sum_across_ranks(torch.stack((totals.vector, clean_totals.vector)))
     return _divided(whole, clean, split=split, leaked=leaked)
 

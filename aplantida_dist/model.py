@@ -1,4 +1,4 @@
-"""The model and its optimizer, made by timm from their names. Imports timm, as ema.py does."""
+"""The model, made by timm from its name, and what timm knows of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import resolve_model_input_args
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from aplantida_dist.data.images import Interpolation
@@ -22,7 +21,7 @@ from aplantida_dist.seeds import derive
 
 
 class ModelError(UserError):
-    """timm knows no such model or optimizer, or will not make it with these arguments."""
+    """timm knows no such model, or will not make it with these arguments."""
 
 
 @dataclass(frozen=True)
@@ -88,35 +87,21 @@ def pixel_convention(model: nn.Module) -> PixelConvention:
 
 
 class Normalize(nn.Module):
-    """Images [b, 3, h, w], uint8 or float32 of 0 … 255, left as they are → float32, (x / 255 − mean) / std a channel, on the device that they are on."""
+    """Images [b, 3, h, w], uint8 or float32 of 0 … 255, left as they are → float32, (x / 255 − mean) / std a channel, on the device that they are on, in the model's memory format."""
 
-    def __init__(self, pixels: PixelConvention, device: torch.device) -> None:
+    def __init__(self, pixels: PixelConvention, device: torch.device, *, is_channels_last: bool = False) -> None:
         super().__init__()
+        self.memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
         self.mean = torch.tensor(pixels.mean, device=device).mul(255.0).view(1, 3, 1, 1)
         self.std = torch.tensor(pixels.std, device=device).mul(255.0).view(1, 3, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.contiguous().to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
-
-
-def build_optimizer(
-    model: nn.Module, *, name: str, weight_decay: float, kwargs: Mapping[str, Any]
-) -> torch.optim.Optimizer:
-    """Make a timm optimizer; biases, norms and what the model names are not decayed. The rate is set at every step."""
-    try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model, opt=name, lr=0.0, weight_decay=weight_decay, **kwargs
+        return (
+            images.contiguous(memory_format=self.memory_format)
+            .to(torch.float32, copy=True)
+            .sub_(self.mean)
+            .div_(self.std)
         )
-    except Exception as error:
-        # An unknown name is a ValueError, a wrong argument the optimizer's own TypeError or ValueError.
-        raise ModelError(f"optimizer {name!r} cannot be made: {error}; see timm.optim.list_optimizers()") from error
-    return optimizer
-
-
-def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Set the rate of every parameter group, times its `lr_scale` where layer-wise decay gave it one."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def _advice(name: str, error: Exception, *, pretrained: bool) -> str:

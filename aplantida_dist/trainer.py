@@ -18,11 +18,11 @@ from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
 from aplantida_dist.ema import Ema
 from aplantida_dist.errors import UserError
 from aplantida_dist.evaluation import as_evaluation_metrics, as_split_metrics, evaluate_across_ranks
+from aplantida_dist.freezing import Freezing
 from aplantida_dist.history import EvaluationMetrics, make_row
 from aplantida_dist.lineage import Identities
 from aplantida_dist.metrics import Totals, compute, require_coverage
 from aplantida_dist.mixing import Mixing
-from aplantida_dist.model import set_learning_rate
 from aplantida_dist.nonfinite import (
     Before,
     NonFinitePolicy,
@@ -35,6 +35,7 @@ from aplantida_dist.nonfinite import (
     read_unread_across_ranks,
 )
 from aplantida_dist.objective import Objective
+from aplantida_dist.optimizer import clip_adaptively, set_learning_rate
 from aplantida_dist.record import EpochSoFar, Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.seeds import derive
@@ -72,10 +73,12 @@ class Job:
     mixing: Mixing
     objective: Objective
     teachers: Teachers
-    clip_norm: float | None
     nonfinite: NonFinitePolicy
     stopping: Stopping | None
     metrics_to_hold: tuple[str, ...]
+    freezing: Freezing
+    clip_norm: float | None
+    clip_agc: float | None
     log_every_steps: int
     checkpoint_every_steps: int | None
     evaluate_every_epochs: int
@@ -109,9 +112,11 @@ def train(job: Job, *, start_step: int, running: Running) -> None:
     if _stops_early(job, start_step):
         return
     batches = read_ahead(job, start_step)
-    job.model.train()
+    job.freezing.set_modes(job.model, start_step)
     started_s = time.monotonic()
     for step in range(start_step, total_steps):
+        if job.freezing.changes_at(step):
+            job.freezing.set_modes(job.model, step)
         run_step(job, batches, running, step)
         done = step + 1
         ends_epoch = done % job.plan.steps_per_epoch == 0
@@ -172,17 +177,28 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         running.totals.update(
             logits.detach(), losses.detach(), labels=targets.labels, weights=batch.weights, identities=batch.identities
         )
+    job.freezing.drop_gradients(step)
     if job.extra_checks:
         _check_gradients(job.model, step)
-    if job.clip_norm is None:
-        norm = largest_gradient(job.model)
-    else:
-        norm = job.world.accelerator.clip_grad_norm_(job.model.parameters(), job.clip_norm)
-    _update(job, running, StepEvidence(step=step, norm=norm, slots=seen), before=before)
+    _update(job, running, StepEvidence(step=step, norm=_clip(job), slots=seen), before=before)
     job.optimizer.zero_grad()
     spent_ns = time.perf_counter_ns() - started_ns
     running.spent_ns += spent_ns
     running.train_s += spent_ns / 1e9
+
+
+def _clip(job: Job) -> Tensor:
+    """Clip the step's gradient as the config says; returns its norm before, over all ranks: float32 [] on the device."""
+    accelerator = job.world.accelerator
+    if job.clip_norm is not None:
+        norm: Tensor = accelerator.clip_grad_norm_(job.model.parameters(), job.clip_norm)
+        return norm
+    if job.clip_agc is not None:
+        accelerator.unscale_gradients(job.optimizer)
+    norm = largest_gradient(job.model)
+    if job.clip_agc is not None:
+        clip_adaptively(job.freezing.backbone, job.clip_agc)
+    return norm
 
 
 def _update(job: Job, running: Running, evidence: StepEvidence, *, before: Before | None) -> None:

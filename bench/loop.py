@@ -18,11 +18,13 @@ from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.manifest import make_manifest
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.stream import Batch, Reading
+from aplantida_dist.freezing import make_freezing
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.mixing import Unmixed
-from aplantida_dist.model import Normalize, build_model, build_optimizer, pixel_convention
+from aplantida_dist.model import Normalize, build_model, pixel_convention
 from aplantida_dist.nonfinite import NonFinitePolicy
 from aplantida_dist.objective import CrossEntropy
+from aplantida_dist.optimizer import build_optimizer
 from aplantida_dist.record import Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.teachers import Teachers
@@ -101,9 +103,7 @@ def make_loops(load: Load, *, world: World) -> tuple[OurLoop, BareLoop]:
     model.train()
     batches = _resident_batches(load)
     twin = copy.deepcopy(model)
-    bare_optimizer = build_optimizer(twin, name="adamw", weight_decay=WEIGHT_DECAY, kwargs={})
-    for group in bare_optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
+    bare_optimizer = _optimizer(twin)
     normalize = Normalize(pixel_convention(model), world.device)
     job = _job(load, model=model, normalize=normalize, world=world)
     running = Running(Totals(load.num_classes, world.device))
@@ -142,9 +142,15 @@ def _resident_batches(load: Load) -> list[Batch]:
     ]
 
 
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer(
+        model, name="adamw", peak_lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, layer_decay=None, kwargs={}
+    )
+
+
 def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) -> Job:
     """A job of one slot a step, with a plan that no bench reaches the end of."""
-    optimizer = build_optimizer(model, name="adamw", weight_decay=WEIGHT_DECAY, kwargs={})
+    freezing, optimizer = make_freezing(model, head_only_steps=0), _optimizer(model)
     model, optimizer = world.prepare(model, optimizer)
     sizes = np.array([load.batch_size * 1000], dtype=np.int64)
     nothing = make_manifest(split="train", class_map_digest="", shards=(), identity_sum=0)
@@ -170,10 +176,12 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         mixing=Unmixed(),
         objective=CrossEntropy(label_smoothing=0.0),
         teachers=Teachers(()),
-        clip_norm=CLIP_NORM,
         nonfinite=NonFinitePolicy("stop", budget=0),
         stopping=None,
         metrics_to_hold=(),
+        freezing=freezing,
+        clip_norm=CLIP_NORM,
+        clip_agc=None,
         log_every_steps=STEPS_A_BLOCK,
         checkpoint_every_steps=None,
         evaluate_every_epochs=1,
