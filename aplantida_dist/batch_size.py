@@ -127,7 +127,6 @@ class Trial:
         model = model_of(config, num_classes=num_classes, pretrained=False)
         self._normalize = Normalize(pixel_convention(model), world.device)
         self._model: nn.Module = model.to(world.device).train()
-        settings = config.optimizer
         self._optimizer = optimizer_of(config, self._model)
         set_learning_rate(self._optimizer, 0.0)
         self._image_size, self._world = config.data.image_size, world
