@@ -224,7 +224,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     build(folder / "world_pictures", folder / "world", near_distance=None)
     build(folder / "region_pictures", folder / "region", near_distance=None, keep_splits_of=folder / "world")
     runs = folder / "runs" / "global", folder / "runs" / "regional"
-    train(write_config(folder / "global.yaml", folder / "world", model="test_vit", epochs=2), runs[0])
+    train(
+        write_config(folder / "global.yaml", folder / "world", model="test_vit", epochs=2),
+        runs[0],
+        "model.kwargs.drop_rate=0.2",
+    )
     regional = write_config(folder / "regional.yaml", folder / "region", model="test_vit", epochs=1)
     train(regional, runs[1], f"model.init_from={runs[0]}", "data.image_size=48")
     return Chain(folder, folder / "world", folder / "region", runs)
@@ -260,6 +264,20 @@ def test_a_student_of_both_teachers(chain: Chain, tmp_path: Path) -> None:
     union = np.union1d(train_split.identities, region_split.identities)
     assert len(union) > train_split.num_samples
     assert np.array_equal(lineage.identities, union)
+
+
+def looks(config: Path, run_dir: Path, teachers: str) -> list[bool]:
+    """Of each teacher, whether two looks at the same pictures are the same, and without gradient."""
+    job = compose(config, run_dir, [teachers]).job
+    job.model.train()
+    images = next(read_ahead(job, 0)).images
+    pairs = zip(job.teachers.look_at(images), job.teachers.look_at(images), strict=True)
+    return [torch.equal(first, second) and not first.requires_grad for first, second in pairs]
+
+
+def test_teachers_are_in_evaluation_mode(chain: Chain, tmp_path: Path) -> None:
+    """Though one of them was trained with dropout."""
+    assert run_ranks(1, looks, chain.config(), tmp_path / "run", chain.both) == [[True, True]]
 
 
 def test_teachers_that_have_no_say_change_no_bit(chain: Chain, tmp_path: Path) -> None:
