@@ -229,7 +229,8 @@ def test_every_key_changes_the_first_loss(dataset_dir: Path, tmp_path: Path) -> 
         ["data.random_erasing=0.5"],
         ["loss.kind=binary_cross_entropy"],
     ]
-    (losses,) = run_ranks(1, losses_of_settings, config, tmp_path / "run", settings, 1)
+    in_8_slots = [[*overrides, "train.micro_batch_size=2"] for overrides in settings]
+    (losses,) = run_ranks(1, losses_of_settings, config, tmp_path / "run", in_8_slots, 1)
     assert len({loss for (loss,) in losses}) == len(settings)
 
 
