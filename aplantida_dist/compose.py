@@ -24,13 +24,15 @@ from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.metrics import Totals
 from aplantida_dist.model import Normalize, PixelConvention, build_model, build_optimizer, pixel_convention
-from aplantida_dist.objective import CrossEntropy
+from aplantida_dist.objective import CrossEntropy, Objective
 from aplantida_dist.origin import trace_origin_across_ranks
 from aplantida_dist.progress import open_progress
 from aplantida_dist.record import MainRecord, Provenance, Record
 from aplantida_dist.report import new_run_id, open_report
 from aplantida_dist.run_folder import checkpoints_dir, find_checkpoint, prepare_run_folder, require_same_run
 from aplantida_dist.schedule import Schedule
+from aplantida_dist.soft_objective import soft_label_loss
+from aplantida_dist.soft_targets import Coverage, SoftTargets, open_soft_targets
 from aplantida_dist.status import Status
 from aplantida_dist.strict_yaml import dump_yaml
 from aplantida_dist.trainer import Job, Running
@@ -69,6 +71,7 @@ class _Ground:
     model: nn.Module
     checkpoint: Checkpoint | None
     beginning: Beginning | None
+    soft_targets: SoftTargets | None
     digests: dict[str, str]
 
     @property
@@ -89,8 +92,10 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         checkpoint=ground.checkpoint,
         beginning=ground.beginning,
         pretrained=config.model.name if config.model.pretrained else None,
+        taught_by=[] if ground.soft_targets is None else ground.soft_targets.parents(),
         allow_leak=request.allow_leak,
     )
+    coverage = _cover(config, ground, world=world)
     pixels = pixel_convention(ground.model)
     optimizer = world.agree_across_ranks(
         lambda: build_optimizer(
@@ -133,7 +138,8 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         digests=ground.digests,
         num_classes=ground.class_map.num_classes,
         seed=config.seed,
-        objective=CrossEntropy(label_smoothing=config.loss.label_smoothing),
+        objective=_objective(config, ground.soft_targets, world=world),
+        missing_soft_labels=coverage.num_missing,
         clip_norm=config.train.clip_norm,
         log_every_steps=config.train.log_every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
@@ -142,7 +148,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         extra_checks=request.extra_checks,
     )
     world.agree_across_ranks(config.require_all_read)
-    return Training(job, ground.start_step, running, origin.lines)
+    return Training(job, ground.start_step, running, (*origin.lines, *coverage.lines))
 
 
 def reading_of(config: Config, world: World) -> Reading:
@@ -167,11 +173,13 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
     dataset = open_dataset(Path(config.data.dataset))
     train_split = dataset.open_split("train", max_samples=request.max_samples)
     val_split = dataset.open_split("val", max_samples=request.max_samples) if config.evaluation.every_epochs else None
+    soft_targets = _soft_targets(config, dataset.class_map)
     digests = {
         "config": config.digest,
         "class_map": dataset.class_map.digest,
         "train_manifest": train_split.digest,
         **({} if val_split is None else {"val_manifest": val_split.digest}),
+        **({} if soft_targets is None else {"soft_labels": soft_targets.digest}),
     }
     checkpoint = find_checkpoint(request.run_dir, request.resume, warn=_warn if world.is_main else _keep_silent)
     if checkpoint is not None:
@@ -198,7 +206,38 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
         micro_batch_size=config.train.micro_batch_size,
         block_samples=config.data.block_samples,
     )
-    return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, beginning, digests)
+    return _Ground(dataset.class_map, train_split, val_split, plan, model, checkpoint, beginning, soft_targets, digests)
+
+
+def _soft_targets(config: Config, class_map: ClassMap) -> SoftTargets | None:
+    """The soft labels that the config names; None where it names none, and then no other key of theirs is read."""
+    settings = config.soft_labels
+    if not settings.files:
+        return None
+    return open_soft_targets([Path(name) for name in settings.files], weights=settings.weights, class_map=class_map)
+
+
+def _cover(config: Config, ground: _Ground, *, world: World) -> Coverage:
+    """Collective. Hold the soft labels, if any, against the train split, whose keys the main process alone reads."""
+    soft_targets, split = ground.soft_targets, ground.train_split
+    if soft_targets is None:
+        return Coverage(0, ())
+    budget = config.soft_labels.missing_budget
+    return world.learn_from_main_across_ranks(lambda: soft_targets.require_cover(split, missing_budget=budget))
+
+
+def _objective(config: Config, soft_targets: SoftTargets | None, *, world: World) -> Objective:
+    """What is minimised: the label's cross-entropy, beside the soft labels where there are some."""
+    label_objective = CrossEntropy(label_smoothing=config.loss.label_smoothing)
+    if soft_targets is None:
+        return label_objective
+    return soft_label_loss(
+        soft_targets,
+        label_objective=label_objective,
+        soft_share=config.soft_labels.soft_share,
+        label_share=config.soft_labels.label_share,
+        device=world.device,
+    )
 
 
 def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimizer: Any, running: Running) -> None:

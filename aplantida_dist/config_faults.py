@@ -121,6 +121,9 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield small, f"at most {large}, {show(values[large])}{reason}"
     if known("model.pretrained", "model.init_from") and values["model.pretrained"] and values["model.init_from"]:
         yield "model.pretrained", "false where model.init_from says what to begin with"
+    files, weights = "soft_labels.files", "soft_labels.weights"
+    if known(files, weights) and values[weights] is not None and len(values[weights]) != len(values[files]):
+        yield weights, f"one number for each of the {len(values[files])} soft_labels.files"
     every, metric, mode = "evaluation.every_epochs", "checkpoint.best_metric", "checkpoint.best_mode"
     if known(metric, every) and values[every] == 0 and values[metric].startswith("val."):
         yield metric, f"a metric of train, such as train.loss, where {every} is 0"

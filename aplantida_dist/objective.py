@@ -12,9 +12,13 @@ from aplantida_dist.loss import cross_entropy
 
 @dataclass(frozen=True)
 class Targets:
-    """What the pictures of a micro-batch are to be taken for. labels: int64 [b]; the totals count hits by them."""
+    """What the pictures of a micro-batch are to be taken for. labels: int64 [b]; the totals count hits by them.
+
+    identities: int64 [b], who the samples are, on the CPU, where an objective may look them up.
+    """
 
     labels: Tensor
+    identities: Tensor
 
 
 class Objective(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from aplantida_dist.checkpoint import Checkpoint
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.init_from import Beginning, account_lines
-from aplantida_dist.lineage import Identities, LeakError, Lineage, descend
+from aplantida_dist.lineage import Descent, Identities, LeakError, Lineage, descend
 from aplantida_dist.world import World
 
 NO_IDENTITIES: Identities = np.zeros(0, dtype=np.int64)
@@ -36,16 +37,19 @@ def trace_origin_across_ranks(
     checkpoint: Checkpoint | None,
     beginning: Beginning | None,
     pretrained: str | None,
+    taught_by: Sequence[tuple[Descent, Lineage]],
     allow_leak: bool,
 ) -> Origin:
     """Collective. Trace the lineage of a run and hold the val split against it. The main process alone reads the keys.
 
-    `pretrained` names the weights of timm that the run began with. Raises LeakError on every rank where val has leaked and a
+    `pretrained` names the weights of timm that the run began with, `taught_by` the teachers that it learns from. Raises LeakError on every rank where val has leaked and a
     leak is not allowed.
     """
     lineage = world.agree_across_ranks(
         lambda: (
-            lineage_of_run(train_split, checkpoint, beginning, pretrained) if world.is_main else Lineage(NO_IDENTITIES)
+            lineage_of_run(train_split, checkpoint, beginning, pretrained, taught_by)
+            if world.is_main
+            else Lineage(NO_IDENTITIES)
         )
     )
     leaked = NO_IDENTITIES
@@ -54,7 +58,9 @@ def trace_origin_across_ranks(
     if val_split is not None:
         leaked = world.learn_from_main_across_ranks(lambda: lineage.among(val_split.identities))
     if val_split is not None and len(leaked):
-        fact = world.learn_from_main_across_ranks(lambda: _leak_of_run(leaked, val_split, train_split, lineage))
+        fact = world.learn_from_main_across_ranks(
+            lambda: _leak_of_run(leaked, val_split, train_split, lineage, taught_by)
+        )
         if not allow_leak:
             raise world.told_by_main(leak_error(fact))
         lines.append(f"warning: {fact}; each row shows val whole and its clean part, and best goes by the clean part")
@@ -62,12 +68,16 @@ def trace_origin_across_ranks(
 
 
 def lineage_of_run(
-    train_split: Split, checkpoint: Checkpoint | None, beginning: Beginning | None, pretrained: str | None
+    train_split: Split,
+    checkpoint: Checkpoint | None,
+    beginning: Beginning | None,
+    pretrained: str | None,
+    taught_by: Sequence[tuple[Descent, Lineage]],
 ) -> Lineage:
     """The lineage as the checkpoint to go on from recorded it, or that of a run that begins. For the main process."""
     if checkpoint is not None and checkpoint.position.lineage is not None:
         return checkpoint.lineage()
-    parents = [] if beginning is None else [(beginning.descent, beginning.lineage)]
+    parents = [*([] if beginning is None else [(beginning.descent, beginning.lineage)]), *taught_by]
     unknown = [] if pretrained is None else [f"timm's pretrained weights of {pretrained}"]
     return descend(train_split.identities, parents, unknown=unknown)
 
@@ -85,6 +95,16 @@ def leak_text(leaked: Identities, split: Split, *, by: str) -> str:
     return f"{len(leaked)} of {split.num_samples} photographs of {split.name} were trained on {by}"
 
 
+def _inheritance(lineage: Lineage, teachers: Sequence[Descent]) -> str:
+    """By whom a run may have inherited photographs: its nearest ancestor, and whether there are others."""
+    if not lineage.ancestors:
+        return ""
+    nearest, *others = lineage.ancestors
+    if nearest in teachers:
+        return f"by {nearest.path} (its teacher)" + (" or other ancestors" if others else "")
+    return f"by {nearest.path} (init_from)" + (" or what it began with" if others else "")
+
+
 def unknown_lines(lineage: Lineage) -> list[str]:
     """What a lineage cannot tell, in one line; none where it tells all."""
     if not lineage.unknown:
@@ -95,13 +115,17 @@ def unknown_lines(lineage: Lineage) -> list[str]:
     ]
 
 
-def _leak_of_run(leaked: Identities, val_split: Split, train_split: Split, lineage: Lineage) -> str:
-    """Who was trained on the leaked samples: this run's own train split, or the run that it began with."""
+def _leak_of_run(
+    leaked: Identities,
+    val_split: Split,
+    train_split: Split,
+    lineage: Lineage,
+    taught_by: Sequence[tuple[Descent, Lineage]],
+) -> str:
+    """Who was trained on the leaked samples: this run's own train split, the run that it began with, or a teacher."""
     num_own = int(np.isin(leaked, train_split.identities).sum())
     own = "in this run's own train split"
-    inherited = f"by {lineage.ancestors[0].path} (init_from)" if lineage.ancestors else ""
-    if len(lineage.ancestors) > 1:
-        inherited += " or what it began with"
+    inherited = _inheritance(lineage, [descent for descent, _ in taught_by])
     if num_own == 0:
         return leak_text(leaked, val_split, by=inherited)
     if num_own == len(leaked):

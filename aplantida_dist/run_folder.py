@@ -100,6 +100,9 @@ def require_same_run(
         before, after = checkpoint.position.digests[name], digests[name]
         if before != after:
             changed.append(f"{name} was {_short(before)}, is {_short(after)} (another dataset or --max-samples)")
+    before, after = (told.get("soft_labels", "none") for told in (checkpoint.position.digests, digests))
+    if before != after:
+        changed.append(f"soft_labels was {_short(before)}, is {_short(after)} (other files)")
     if changed:
         raise RunFolderError(
             f"{checkpoint.path}: cannot go on, because what decides the numbers has changed: {'; '.join(changed)}; "

@@ -53,6 +53,7 @@ class Job:
     num_classes: int
     seed: int
     objective: Objective
+    missing_soft_labels: int
     clip_norm: float | None
     log_every_steps: int
     checkpoint_every_steps: int | None
@@ -131,7 +132,7 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         seed_device(job.world.device, derive(job.seed, "slot", step, slot))
         with job.world.accumulating(job.model, is_last=slot == slots[-1]):
             logits = job.model(job.normalize(batch.images))
-            losses = job.objective(logits, Targets(batch.labels))
+            losses = job.objective(logits, Targets(batch.labels, read.identities))
             if job.extra_checks:
                 _check_losses(read, losses, step)
             job.world.accelerator.backward((batch.weights * losses).sum() * scale)
@@ -178,12 +179,13 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
     )
     speed = {"images_per_s": metrics.num_samples / so_far.train_s, "wait_fraction": so_far.waited_ns / so_far.spent_ns}
     skipped = {"skipped_steps": so_far.skipped_steps} if so_far.skipped_steps else {}
+    missing = {"missing_soft_labels": job.missing_soft_labels} if job.missing_soft_labels else {}
     row = make_row(
         epoch=epoch,
         step=done,
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         learning_rate=job.schedule.learning_rate(done - 1),
-        train={**as_split_metrics(metrics, expected_samples=split.num_samples), **speed, **skipped},
+        train={**as_split_metrics(metrics, expected_samples=split.num_samples), **speed, **skipped, **missing},
         val=_evaluate(job, epoch=epoch, done=done),
         digests=job.digests,
     )

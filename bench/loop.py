@@ -163,6 +163,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         num_classes=load.num_classes,
         seed=SEED,
         objective=CrossEntropy(label_smoothing=0.0),
+        missing_soft_labels=0,
         clip_norm=CLIP_NORM,
         log_every_steps=STEPS_A_BLOCK,
         checkpoint_every_steps=None,

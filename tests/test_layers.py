@@ -28,14 +28,14 @@ LAYERS = [
         "data.images",
     ],
     ["config_faults", "data.dataset", "model", "report", "metrics", "checkpoint"],
-    ["config_file", "data.stream", "run_folder", "record"],
-    ["debug", "ancestor"],
+    ["config_file", "data.stream", "run_folder", "record", "soft_label_file"],
+    ["debug", "ancestor", "soft_label_parts", "soft_targets"],
     ["init_from"],
-    ["origin"],
+    ["origin", "soft_objective"],
     ["evaluation"],
     ["trainer"],
     ["compose"],
-    ["train", "evaluate"],
+    ["train", "evaluate", "soft_labels"],
 ]
 """From the ground up. A module imports only from layers below its own; leaves do not know each other."""
 
