@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from aplantida_dist.checkpoint import load_model_state
 from aplantida_dist.command import CommandParser, count, positive, run_command
@@ -21,10 +14,7 @@ from aplantida_dist.compose import evaluation_transform_of, model_of, reading_of
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
-from aplantida_dist.data.dataset import Split, open_dataset
-from aplantida_dist.data.images import EvaluationTransform
-from aplantida_dist.data.plan import Coordinates, StoredPlan
-from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
+from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.lineage import Identities
 from aplantida_dist.model import Normalize, pixel_convention
 from aplantida_dist.origin import unknown_lines
@@ -36,7 +26,8 @@ from aplantida_dist.soft_label_file import (
     open_soft_labels,
     write_soft_labels,
 )
-from aplantida_dist.soft_label_parts import SLOTS_PER_PART, SoftLabelParts
+from aplantida_dist.soft_label_parts import SoftLabelParts
+from aplantida_dist.soft_labelling import Labelling, write_parts_across_ranks
 from aplantida_dist.world import World, open_world, told_once_a_node
 
 EXAMPLE = """\
@@ -46,7 +37,6 @@ example:
 
 The same command again goes on where it stopped, on any number of processes.
 """
-LINE_EVERY_S = 10.0
 
 
 def main() -> None:
@@ -60,27 +50,14 @@ def main() -> None:
     parts = SoftLabelParts(arguments.out.with_name(f"{arguments.out.name}.partial"), labelling.facts)
     if not world.learn_from_main_across_ranks(lambda: _is_written(arguments.out, labelling.facts)):
         first_part = world.learn_from_main_across_ranks(parts.begin)
-        _write_parts_across_ranks(labelling, parts, world=world, first_part=first_part)
+        write_parts_across_ranks(labelling, parts, world=world, first_part=first_part)
         world.learn_from_main_across_ranks(lambda: _finish(arguments.out, parts, labelling.seen))
     if world.is_main:
         _tell(arguments.out)
     world.close()
 
 
-@dataclass(frozen=True)
-class _Labelling:
-    """What is to be done: the teacher, the samples, how they are read, and the facts that the file will state."""
-
-    model: nn.Module
-    split: Split
-    transform: EvaluationTransform
-    normalize: nn.Module
-    reading: Reading
-    facts: SoftLabelFacts
-    seen: Identities
-
-
-def _open(arguments: argparse.Namespace, config: Config, world: World) -> _Labelling:
+def _open(arguments: argparse.Namespace, config: Config, world: World) -> Labelling:
     """The checkpoint's model and the split, whose class map may be another: no label is read."""
     checkpoint = resolve_checkpoint(arguments.run, arguments.checkpoint)
     class_map = load_class_map(arguments.run / CLASSES_FILE)
@@ -110,7 +87,7 @@ def _open(arguments: argparse.Namespace, config: Config, world: World) -> _Label
         micro_batch_size=config.evaluation.micro_batch_size,
         precision=config.train.precision,
     )
-    return _Labelling(
+    return Labelling(
         model=model,
         split=split,
         transform=transform,
@@ -128,61 +105,6 @@ def _is_written(path: Path, facts: SoftLabelFacts) -> bool:
     if open_soft_labels(path).facts != facts:
         raise SoftLabelError(f"{path}: holds other soft labels already; delete it or choose another --out")
     return True
-
-
-def _write_parts_across_ranks(labelling: _Labelling, parts: SoftLabelParts, *, world: World, first_part: int) -> None:
-    """Collective. Make the parts from `first_part` on; what a slot holds, and so each part, is the same on any number of ranks."""
-    plan = StoredPlan(labelling.split.shard_sizes, labelling.facts.micro_batch_size)
-    slots_of_parts = [_slots(plan, part, world) for part in range(first_part, parts.num_parts)]
-    coordinates = [Coordinates(0, 0, slot) for slots in slots_of_parts for slot in slots]
-    batches = stream(
-        MicroBatches(labelling.split, plan, labelling.transform, seed=0), coordinates, reading=labelling.reading
-    )
-    model = world.prepare_for_evaluation(labelling.model).eval()
-    told_s = time.monotonic()
-    for part, slots in enumerate(slots_of_parts, start=first_part):
-        records = [_label(next(batches), model, labelling, world.device) for _ in slots]
-        by_rank = world.gather_across_ranks(records)
-        # The ranks take slots in turn, so taking one of each in turn is the stored order.
-        in_order = [rank[turn] for turn in range(len(by_rank[0])) for rank in by_rank if turn < len(rank)]
-        world.learn_from_main_across_ranks(partial(parts.write, part, in_order))
-        if world.is_main and time.monotonic() - told_s >= LINE_EVERY_S:
-            told_s = time.monotonic()
-            done = min((part + 1) * parts.part_samples, parts.facts.num_samples)
-            print(f"labelled {done} of {parts.facts.num_samples} samples", flush=True)
-
-
-def _slots(plan: StoredPlan, part: int, world: World) -> range:
-    """The slots of a part that this rank labels; no rank waits for another before the part's end."""
-    end = min((part + 1) * SLOTS_PER_PART, plan.num_slots)
-    return range(part * SLOTS_PER_PART + world.rank, end, world.world_size)
-
-
-def _label(read: Batch, model: nn.Module, labelling: _Labelling, device: torch.device) -> NDArray[Any]:
-    """What the teacher says of a micro-batch, its padding left out."""
-    batch = read.to(device)
-    with torch.no_grad():
-        logits = model(labelling.normalize(batch.images)).float()
-    return records_of(logits, batch.identities, batch.weights, facts=labelling.facts)
-
-
-def records_of(logits: Tensor, identities: Tensor, weights: Tensor, *, facts: SoftLabelFacts) -> NDArray[Any]:
-    """The records of a micro-batch: logits float32 [b, classes], identities int64 [b], weights float32 [b] (0: padding).
-
-    Equal logits rank by class index, lowest first. Raises SoftLabelError where a logit is not a number.
-    """
-    if not logits.isfinite().all():
-        raise SoftLabelError(f"{facts.teacher_path}: gives logits that are NaN or Inf; choose another checkpoint")
-    probabilities = (logits / facts.temperature).softmax(1)
-    order = logits.sort(dim=1, descending=True, stable=True).indices
-    ranked = probabilities.gather(1, order)
-    is_real = (weights > 0).cpu().numpy()
-    records = np.zeros(int(is_real.sum()), dtype=facts.record_dtype)
-    records["identity"] = identities.cpu().numpy()[is_real]
-    records["class_indices"] = order[:, : facts.num_kept].cpu().numpy()[is_real]
-    records["probabilities"] = ranked[:, : facts.num_kept].cpu().numpy()[is_real]
-    records["rest"] = ranked[:, facts.num_kept :].sum(1).cpu().numpy()[is_real]
-    return records
 
 
 def _finish(path: Path, parts: SoftLabelParts, seen: Identities) -> None:

@@ -32,7 +32,7 @@ LAYERS = [
     ["debug", "ancestor", "soft_label_parts", "soft_targets"],
     ["init_from"],
     ["origin", "soft_objective"],
-    ["evaluation"],
+    ["evaluation", "soft_labelling"],
     ["trainer"],
     ["compose"],
     ["train", "evaluate", "soft_labels"],

@@ -7,7 +7,6 @@ import shutil
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from aplantida_dist.soft_label_file import (
     open_soft_labels,
     write_soft_labels,
 )
-from aplantida_dist.soft_labels import records_of
+from aplantida_dist.soft_labelling import records_of
 from aplantida_dist.soft_objective import soft_label_loss
 from aplantida_dist.soft_targets import open_soft_targets
 from tests.conftest import CLASSES
@@ -327,7 +326,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     """No class in common; two temperatures; a teacher whose probability lies elsewhere does not count as a soft label."""
     one = store(tmp_path / "one", torch.randn(7, 5))
     other = store(tmp_path / "other", torch.randn(7, 5), temperature=3.0)
-    with pytest.raises(SoftLabelError, match="softened at temperature 3, .*one at 2; .*one temperature"):
+    with pytest.raises(SoftLabelError, match=r"softened at temperature 3, .*one at 2; .*one temperature"):
         open_soft_targets([one, other], weights=None, class_map=ClassMap(NAMES))
     with pytest.raises(SoftLabelError, match="knows none of our 2 classes"):
         open_soft_targets([one], weights=None, class_map=ClassMap(("y", "z")))
