@@ -229,15 +229,14 @@ def test_samples_that_are_not_the_split_s_are_not_written(tmp_path: Path) -> Non
 
 
 def test_memory_holds_the_identities_and_not_the_probabilities(tmp_path: Path) -> None:
-    """60,000 samples × 32 of 70,000 classes, 12 MB: what is allocated is some int64 a sample."""
-    num_samples = 60_000
+    """200,000 samples × 32 of 70,000 classes, 41 MB on disk: what is allocated is some int64 a sample, and the class names."""
+    num_samples = 200_000
     identities = np.random.default_rng(0).permutation(num_samples).astype(np.int64)
     facts = facts_of(identities, names=[f"class {number}" for number in range(70_000)], num_kept=32)
     records = np.memmap(tmp_path / "records", facts.record_dtype, "w+", shape=(num_samples,))
     records["identity"] = identities
     records["class_indices"] = (identities[:, None] + np.arange(32)) % 70_000
     parts = [records[first : first + 1000] for first in range(0, num_samples, 1000)]
-    header_bytes = 70_000 * 20 * 8
     tracemalloc.start()
     write_soft_labels(tmp_path / "t.soft", facts, parts=parts, seen=np.zeros(0, dtype=np.int64))
     _, written_peak = tracemalloc.get_traced_memory()
@@ -245,8 +244,10 @@ def test_memory_holds_the_identities_and_not_the_probabilities(tmp_path: Path) -
     file = open_soft_labels(tmp_path / "t.soft")
     _, opened_peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    print(written_peak, opened_peak, header_bytes)
-    assert file.look_up(np.array([59_999, 7])).class_indices[:, 0].tolist() == [59_999, 7]
+    size = (tmp_path / "t.soft").stat().st_size
+    assert size > 40_000_000
+    assert max(written_peak, opened_peak) < size / 2
+    assert file.look_up(np.array([65_000, 7])).class_indices[:, 0].tolist() == [65_000, 7]
 
 
 # the objective
@@ -434,15 +435,10 @@ def test_what_a_teacher_has_seen_its_student_has(teacher: Path, soft: Path, data
     best = resolve_checkpoint(teacher, "best")
     assert [(ancestor.path, ancestor.digest) for ancestor in lineage.ancestors] == [(str(best.path), best.digest)]
     swapped = tmp_path / "swapped"
-    shutil.copytree(dataset_dir, swapped)
-    for split, other in (("val", "test"), ("train", "val"), ("test", "train")):
-        shutil.rmtree(swapped / split)
+    swapped.mkdir()
+    shutil.copy(dataset_dir / "classes.json", swapped)
+    for split, other in (("val", "train"), ("train", "val")):
         shutil.copytree(dataset_dir / other, swapped / split)
-        manifest = json.loads((swapped / split / "manifest.json").read_text())
-        (swapped / split / "manifest.json").write_text(json.dumps(manifest | {"split": split}))
-    # Its val split is now `test`; the teacher was trained on what now is `test`, so that one is what a student is judged by.
-    shutil.rmtree(swapped / "val")
-    shutil.copytree(swapped / "test", swapped / "val")
     path = tmp_path / "swapped.soft"
     label(teacher, swapped, path)
     other_config = write_config(tmp_path / "other.yaml", swapped, epochs=1)
