@@ -41,6 +41,8 @@ from aplantida_dist.record import MainRecord, Provenance, Record
 from aplantida_dist.report import new_run_id, open_report
 from aplantida_dist.run_folder import checkpoints_dir, find_checkpoint, prepare_run_folder, require_same_run
 from aplantida_dist.schedule import Schedule
+from aplantida_dist.soft_objective import soft_label_loss
+from aplantida_dist.soft_targets import Coverage, SoftTargets, open_soft_targets
 from aplantida_dist.status import Status
 from aplantida_dist.stopping import Stopping
 from aplantida_dist.strict_yaml import dump_yaml
@@ -82,6 +84,7 @@ class _Ground:
     checkpoint: Checkpoint | None
     beginning: Beginning | None
     teachers: tuple[Teacher, ...]
+    soft_targets: SoftTargets | None
     digests: dict[str, str]
     train_counts: tuple[int, ...]
 
@@ -102,10 +105,14 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         val_split=ground.val_split,
         checkpoint=ground.checkpoint,
         beginning=ground.beginning,
-        teachers=[(teacher.descent, teacher.lineage) for teacher in ground.teachers],
         pretrained=config.model.name if config.model.pretrained else None,
+        taught_by=[
+            *((teacher.descent, teacher.lineage) for teacher in ground.teachers),
+            *(() if ground.soft_targets is None else ground.soft_targets.parents()),
+        ],
         allow_leak=request.allow_leak,
     )
+    coverage = _cover(config, ground, world=world)
     pixels = pixel_convention(ground.model)
     ema = world.agree_across_ranks(lambda: _open_ema(config, ground, world=world))
     head_only_steps = math.ceil(config.model.head_only_epochs * ground.plan.steps_per_epoch)
@@ -148,8 +155,9 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         train_counts=ground.train_counts,
         seed=config.seed,
         mixing=_mixing(config, ground.plan),
-        objective=_taught(_objective(config, ground.train_counts, world.device), config, ground, world.device),
+        objective=_objective(config, ground, world.device),
         teachers=seat(ground.teachers, world),
+        missing_soft_labels=coverage.num_missing,
         clip_norm=config.train.clip_norm,
         nonfinite=_nonfinite_policy(config),
         stopping=stopping,
@@ -164,7 +172,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
     )
     world.agree_across_ranks(config.require_all_read)
     teacher_lines = [coverage_line(teacher, image_size=config.data.image_size) for teacher in ground.teachers]
-    return Training(job, ground.start_step, running, (*origin.lines, *teacher_lines))
+    return Training(job, ground.start_step, running, (*origin.lines, *teacher_lines, *coverage.lines))
 
 
 def decided(micro_batch_size: int | Literal["auto"]) -> int:
@@ -222,11 +230,13 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
     dataset = open_dataset(Path(config.data.dataset))
     train_split = dataset.open_split("train", max_samples=request.max_samples)
     val_split = dataset.open_split("val", max_samples=request.max_samples) if config.evaluation.every_epochs else None
+    soft_targets = _soft_targets(config, dataset.class_map)
     digests = {
         "config": config.digest,
         "class_map": dataset.class_map.digest,
         "train_manifest": train_split.digest,
         **({} if val_split is None else {"val_manifest": val_split.digest}),
+        **({} if soft_targets is None else {"soft_labels": soft_targets.digest}),
     }
     teachers = _open_teachers(config, dataset.class_map, train_split)
     if teachers:
@@ -270,6 +280,7 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
         checkpoint=checkpoint,
         beginning=beginning,
         teachers=teachers,
+        soft_targets=soft_targets,
         digests=digests,
         train_counts=train_counts,
     )
@@ -293,8 +304,17 @@ def _open_teachers(config: Config, class_map: ClassMap, train_split: Split) -> t
     )
 
 
-def _taught(label_objective: Objective, config: Config, ground: _Ground, device: torch.device) -> Objective:
-    """The label loss alone, or beside it what the teachers say."""
+def _objective(config: Config, ground: _Ground, device: torch.device) -> Objective:
+    """What is minimised: the label loss, alone or beside what teachers say, now or in what was stored of them."""
+    label_objective = _label_objective(config, ground.train_counts, device)
+    if ground.soft_targets is not None:
+        return soft_label_loss(
+            ground.soft_targets,
+            label_objective=label_objective,
+            soft_share=config.soft_labels.soft_share,
+            label_share=config.soft_labels.label_share,
+            device=device,
+        )
     if not ground.teachers:
         return label_objective
     return Distillation(
@@ -317,6 +337,23 @@ def _open_ema(config: Config, ground: _Ground, *, world: World) -> Ema | None:
     if ground.checkpoint is not None:
         load_model_state(ema.model, ground.checkpoint, "ema")
     return ema
+
+
+def _soft_targets(config: Config, class_map: ClassMap) -> SoftTargets | None:
+    """The soft labels that the config names; None where it names none, and then no other key of theirs is read."""
+    settings = config.soft_labels
+    if not settings.files:
+        return None
+    return open_soft_targets([Path(name) for name in settings.files], weights=settings.weights, class_map=class_map)
+
+
+def _cover(config: Config, ground: _Ground, *, world: World) -> Coverage:
+    """Collective. Hold the soft labels, if any, against the train split, whose keys the main process alone reads."""
+    soft_targets, split = ground.soft_targets, ground.train_split
+    if soft_targets is None:
+        return Coverage(0, ())
+    budget = config.soft_labels.missing_budget
+    return world.learn_from_main_across_ranks(lambda: soft_targets.require_cover(split, missing_budget=budget))
 
 
 def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimizer: Any, running: Running) -> None:
@@ -355,6 +392,10 @@ def _mixing(config: Config, plan: TrainPlan) -> Mixing:
     mixup, cutmix = settings.mixup_alpha, settings.cutmix_alpha
     if not (mixup or cutmix):
         return Unmixed()
+    if decided(config.train.micro_batch_size) == 1:
+        raise UserError(
+            "micro_batch_size auto found that only 1 fits, and mixing needs 2; lower data.image_size, or set mixing off"
+        )
     return MixupCutmix(
         seed=config.seed,
         mixup_alpha=mixup,
@@ -365,7 +406,7 @@ def _mixing(config: Config, plan: TrainPlan) -> Mixing:
     )
 
 
-def _objective(config: Config, train_counts: tuple[int, ...], device: torch.device) -> Objective:
+def _label_objective(config: Config, train_counts: tuple[int, ...], device: torch.device) -> Objective:
     """The label loss. The shift is outermost: everything within sees the shifted logits."""
     loss = config.loss
     is_binary = loss.kind == "binary_cross_entropy"

@@ -16,6 +16,7 @@ FREE = frozenset(
     {
         "data.dataset",  # the manifests' digests identify the data, wherever it lies
         "distillation.teachers",  # likewise, by the digests of their checkpoints
+        "soft_labels.files",  # likewise
         *("data.num_workers", "data.prefetch_micro_batches"),
         *("train.epochs", "train.log_every_steps", "train.timeout_s", "evaluation.every_epochs"),
         *("train.on_nonfinite", "train.nonfinite_budget", "stopping"),  # a run that stopped may go on with `skip`
@@ -255,6 +256,21 @@ class DistillationSection(Section):
     """Weight of the label loss, in [0, 1]. Source: the first trainer's beta."""
 
 
+class SoftLabelsSection(Section):
+    """Stored soft labels to learn from, written by `aplantida_dist.soft_labels`; without files nothing here acts."""
+
+    files: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Files of soft labels, one a teacher, from where the command is run; a sample must stand in each of them."""
+    weights: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(strict=False)] | None = None
+    """How much each file counts, above 0, one number a file; their sum does not matter. null counts all alike."""
+    soft_share: Annotated[float, Field(ge=0.0)] = 0.7
+    """Factor of T² · KL(teachers ‖ student at T), at least 0; T is the files'. Source: Hinton et al. 2015; 0.7 is the first trainer's alpha."""
+    label_share: Annotated[float, Field(ge=0.0)] = 0.3
+    """Factor of the label's own loss, at least 0. Source: the first trainer's beta. A sample without a soft label has this part alone."""
+    missing_budget: Annotated[int, Field(ge=0)] = 0
+    """Train samples that may have no soft label, at least 0; with more the run does not start, with fewer each row counts them."""
+
+
 class TrainSection(Section):
     """How long, in which portions, how precisely."""
 
@@ -365,6 +381,7 @@ class Config(Section):
     mixing: MixingSection
     loss: LossSection
     distillation: DistillationSection
+    soft_labels: SoftLabelsSection
     train: TrainSection
     ema: EmaSection
     evaluation: EvaluationSection

@@ -135,6 +135,13 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     soft, label = "distillation.soft_share", "distillation.label_share"
     if known(soft, label) and values[soft] == values[label] == 0:
         yield label, f"above 0 where {soft} is 0, or nothing would be learned"
+    files, weights = "soft_labels.files", "soft_labels.weights"
+    if known(files, weights) and values[weights] is not None and len(values[weights]) != len(values[files]):
+        yield weights, f"one number for each of the {len(values[files])} soft_labels.files"
+    if known(files, teachers) and values[files] and values[teachers]:
+        yield teachers, f"empty where {files} names what teachers said: one or the other"
+    if known(files, *_ALPHAS) and values[files] and any(values[name] for name in _ALPHAS):
+        yield files, f"empty where {' or '.join(_ALPHAS)} mixes pictures: a soft label is that of one picture"
     if known(micro, "evaluation.micro_batch_size") and values["evaluation.micro_batch_size"] == "auto" != values[micro]:
         yield "evaluation.micro_batch_size", f"a number, or {micro} to be auto as well"
     if known("train.clip_agc", "train.clip_norm") and values["train.clip_agc"] and values["train.clip_norm"]:

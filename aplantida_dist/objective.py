@@ -17,12 +17,14 @@ class Targets:
 
     Where pictures are mixed, partners: int64 [b] are the other pictures' labels, and `labels` the dominant ones: they have the
     larger share, 0.5 to 1. teacher_logits: what each teacher made of the same pictures, float [b, its classes]; empty without any.
+    identities: int64 [b], who the samples are, on the CPU, where an objective may look them up.
     """
 
     labels: Tensor
     partners: Tensor | None = None
     share: float = 1.0
     teacher_logits: tuple[Tensor, ...] = ()
+    identities: Tensor | None = None
 
     def blend(self, losses_of: Callable[[Tensor], Tensor]) -> Tensor:
         """The losses of the labels and of the partners by their shares, as mixup's authors take it; returns [b].

@@ -38,18 +38,18 @@ def trace_origin_across_ranks(
     val_split: Split | None,
     checkpoint: Checkpoint | None,
     beginning: Beginning | None,
-    teachers: Parents,
     pretrained: str | None,
+    taught_by: Parents,
     allow_leak: bool,
 ) -> Origin:
     """Collective. Trace the lineage of a run and hold the val split against it. The main process alone reads the keys.
 
-    `pretrained` names the weights of timm that the run began with. Raises LeakError on every rank where val has leaked and a
+    `pretrained` names the weights of timm that the run began with, `taught_by` the teachers that it learns from. Raises LeakError on every rank where val has leaked and a
     leak is not allowed.
     """
     lineage = world.agree_across_ranks(
         lambda: (
-            lineage_of_run(train_split, checkpoint, beginning, pretrained, teachers)
+            lineage_of_run(train_split, checkpoint, beginning, pretrained, taught_by)
             if world.is_main
             else Lineage(NO_IDENTITIES)
         )
@@ -60,7 +60,6 @@ def trace_origin_across_ranks(
     if val_split is not None:
         leaked = world.learn_from_main_across_ranks(lambda: lineage.among(val_split.identities))
     if val_split is not None and len(leaked):
-        taught_by = [descent for descent, _ in teachers]
         fact = world.learn_from_main_across_ranks(
             lambda: _leak_of_run(leaked, val_split, train_split, lineage, taught_by)
         )
@@ -75,14 +74,14 @@ def lineage_of_run(
     checkpoint: Checkpoint | None,
     beginning: Beginning | None,
     pretrained: str | None,
-    teachers: Parents = (),
+    taught_by: Parents,
 ) -> Lineage:
     """The lineage as the checkpoint to go on from recorded it, or that of a run that begins. For the main process."""
     if checkpoint is not None and checkpoint.position.lineage is not None:
         return checkpoint.lineage()
-    parents = [] if beginning is None else [(beginning.descent, beginning.lineage)]
+    parents = [*([] if beginning is None else [(beginning.descent, beginning.lineage)]), *taught_by]
     unknown = [] if pretrained is None else [f"timm's pretrained weights of {pretrained}"]
-    return descend(train_split.identities, [*parents, *teachers], unknown=unknown)
+    return descend(train_split.identities, parents, unknown=unknown)
 
 
 def leak_error(fact: str) -> LeakError:
@@ -98,6 +97,17 @@ def leak_text(leaked: Identities, split: Split, *, by: str) -> str:
     return f"{len(leaked)} of {split.num_samples} photographs of {split.name} were trained on {by}"
 
 
+def _inheritance(lineage: Lineage, teachers: Sequence[Descent]) -> str:
+    """By whom a run may have inherited photographs: its nearest ancestor, and whether there are others."""
+    if not lineage.ancestors:
+        return ""
+    nearest, *others = lineage.ancestors
+    if nearest in teachers:
+        return f"by {nearest.path} (a teacher)" + (" or one of the other teachers or ancestors" if others else "")
+    further = " or one of the teachers or other ancestors" if teachers else " or what it began with"
+    return f"by {nearest.path} (init_from)" + (further if others else "")
+
+
 def unknown_lines(lineage: Lineage) -> list[str]:
     """What a lineage cannot tell, in one line; none where it tells all."""
     if not lineage.unknown:
@@ -109,17 +119,16 @@ def unknown_lines(lineage: Lineage) -> list[str]:
 
 
 def _leak_of_run(
-    leaked: Identities, val_split: Split, train_split: Split, lineage: Lineage, taught_by: Sequence[Descent]
+    leaked: Identities,
+    val_split: Split,
+    train_split: Split,
+    lineage: Lineage,
+    taught_by: Parents,
 ) -> str:
-    """Who was trained on the leaked samples: this run's own train split, or the run that it began with, or a teacher."""
+    """Who was trained on the leaked samples: this run's own train split, the run that it began with, or a teacher."""
     num_own = int(np.isin(leaked, train_split.identities).sum())
     own = "in this run's own train split"
-    inherited = ""
-    if lineage.ancestors:
-        nearest = lineage.ancestors[0]
-        inherited = f"by {nearest.path} ({'a teacher' if nearest in taught_by else 'init_from'})"
-    if len(lineage.ancestors) > 1:
-        inherited += " or one of the other teachers or ancestors" if taught_by else " or what it began with"
+    inherited = _inheritance(lineage, [descent for descent, _ in taught_by])
     if num_own == 0:
         return leak_text(leaked, val_split, by=inherited)
     if num_own == len(leaked):

@@ -105,6 +105,9 @@ def require_same_run(
         old, new = checkpoint.position.digests[name], digests[name]
         if old != new:
             changed.append(f"{name} was {_short(old)}, is {_short(new)} (another dataset or --max-samples)")
+    old, new = (str(found.get("soft_labels", "none")) for found in (checkpoint.position.digests, digests))
+    if old != new:
+        changed.append(f"soft_labels was {_short(old)}, is {_short(new)} (other files)")
     old, new = (str(found.get("teachers", "none")) for found in (checkpoint.position.digests, digests))
     if old != new:
         changed.append(

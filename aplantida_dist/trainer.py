@@ -77,6 +77,7 @@ class Job:
     stopping: Stopping | None
     metrics_to_hold: tuple[str, ...]
     freezing: Freezing
+    missing_soft_labels: int
     clip_norm: float | None
     clip_agc: float | None
     log_every_steps: int
@@ -167,8 +168,9 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         seed_device(job.world.device, derive(job.seed, "slot", step, slot))
         with job.world.accumulating(job.model, is_last=slot == slots[-1]):
             pixels, targets = job.mixing(batch.images, batch.labels, step=step, slot=slot)
+            targets = replace(targets, teacher_logits=job.teachers.look_at(pixels), identities=read.identities)
             logits = job.model(job.normalize(pixels))
-            losses = job.objective(logits, replace(targets, teacher_logits=job.teachers.look_at(pixels)))
+            losses = job.objective(logits, targets)
             if job.extra_checks:
                 _check_losses(read, losses, step)
             weighted = batch.weights * losses
@@ -249,15 +251,19 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
     )
     speed = {"images_per_s": metrics.num_samples / so_far.train_s, "wait_fraction": so_far.waited_ns / so_far.spent_ns}
     top1_label = {"top1_label": "dominant"} if job.mixing.acts_at(done - 1) else {}
-    left_out = {"skipped_steps": so_far.skipped_steps, "nonfinite_steps": so_far.nonfinite_steps}
-    left_out = {name: count for name, count in left_out.items() if count}
+    ledger = {
+        "skipped_steps": so_far.skipped_steps,
+        "nonfinite_steps": so_far.nonfinite_steps,
+        "missing_soft_labels": job.missing_soft_labels,
+    }
+    ledger = {name: count for name, count in ledger.items() if count}
     block = as_split_metrics(metrics, expected_samples=split.num_samples, train_counts=job.train_counts)
     row = make_row(
         epoch=epoch,
         step=done,
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         learning_rate=job.schedule.learning_rate(done - 1),
-        train={**block, **speed, **left_out, **top1_label},
+        train={**block, **speed, **ledger, **top1_label},
         **_evaluate(job, epoch=epoch, done=done),
         digests=job.digests,
     )

@@ -180,6 +180,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         stopping=None,
         metrics_to_hold=(),
         freezing=freezing,
+        missing_soft_labels=0,
         clip_norm=CLIP_NORM,
         clip_agc=None,
         log_every_steps=STEPS_A_BLOCK,

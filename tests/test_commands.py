@@ -27,6 +27,7 @@ def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         ["shards/plan.py"],
         ["-m", "aplantida_dist.train"],
         ["-m", "aplantida_dist.evaluate"],
+        ["-m", "aplantida_dist.soft_labels"],
         ["-m", "aplantida_dist.analyze"],
         ["-m", "aplantida_dist.herbarium"],
     ],

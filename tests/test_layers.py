@@ -41,15 +41,15 @@ LAYERS = [
         "checkpoint",
         "long_tail",
     ],
-    ["config_file", "freezing", "data.stream", "run_folder", "record", "stopping"],
-    ["debug", "ancestor", "nonfinite"],
+    ["config_file", "freezing", "data.stream", "run_folder", "record", "soft_label_file", "stopping"],
+    ["debug", "ancestor", "nonfinite", "soft_label_parts", "soft_targets"],
     ["init_from", "teachers"],
-    ["origin"],
-    ["evaluation"],
+    ["origin", "soft_objective"],
+    ["evaluation", "soft_labelling"],
     ["trainer"],
     ["compose"],
     ["batch_size"],
-    ["train", "evaluate"],
+    ["train", "evaluate", "soft_labels"],
 ]
 """From the ground up. A module imports only from layers below its own; leaves do not know each other."""
 

@@ -322,7 +322,7 @@ def test_a_run_from_before_lineage_goes_on_and_records_it(grounds: Grounds, tmp_
 def test_pretrained_weights_are_an_unknown_lineage(grounds: Grounds) -> None:
     """Nobody knows what timm's weights were trained on."""
     split = open_dataset(grounds.whole).open_split("train")
-    lineage = lineage_of_run(split, None, None, "vit_base_patch16_384")
+    lineage = lineage_of_run(split, None, None, "vit_base_patch16_384", [])
     assert lineage.unknown == ("timm's pretrained weights of vit_base_patch16_384",)
     assert set(lineage.identities.tolist()) == identities(keys_of(grounds.whole, "train"))
 
