@@ -27,9 +27,9 @@ from aplantida_dist.nonfinite import (
     SlotLosses,
     StepEvidence,
     Watch,
+    gradient_norm,
     guarded,
     is_left_out_across_ranks,
-    largest_gradient,
     read_unread_across_ranks,
 )
 from aplantida_dist.objective import Objective, Targets
@@ -167,7 +167,7 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
     if job.extra_checks:
         _check_gradients(job.model, step)
     if job.clip_norm is None:
-        norm = largest_gradient(job.model)
+        norm = gradient_norm(job.model)
     else:
         norm = job.world.accelerator.clip_grad_norm_(job.model.parameters(), job.clip_norm)
     _update(job, running, StepEvidence(step=step, norm=norm, slots=seen), before=before)
