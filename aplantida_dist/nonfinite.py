@@ -125,10 +125,10 @@ def guarded(scale: float, weighted_losses: Tensor) -> Tensor:
     return torch.where(are_countable, scale, math.nan)
 
 
-def largest_gradient(model: nn.Module) -> Tensor:
-    """The largest absolute value in the gradient, NaN where one is; float32 [] on the device. For runs that do not clip."""
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The norm of the gradient, as clipping takes it, for runs that do not clip; not finite where a part is not. float32 [], on the device."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def is_left_out_across_ranks(

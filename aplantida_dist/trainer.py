@@ -29,9 +29,9 @@ from aplantida_dist.nonfinite import (
     SlotLosses,
     StepEvidence,
     Watch,
+    gradient_norm,
     guarded,
     is_left_out_across_ranks,
-    largest_gradient,
     read_unread_across_ranks,
 )
 from aplantida_dist.objective import Objective
@@ -197,7 +197,7 @@ def _clip(job: Job) -> Tensor:
         return norm
     if job.clip_agc is not None:
         accelerator.unscale_gradients(job.optimizer)
-    norm = largest_gradient(job.model)
+    norm = gradient_norm(job.model)
     if job.clip_agc is not None:
         clip_adaptively(job.freezing.backbone, job.clip_agc)
     return norm
