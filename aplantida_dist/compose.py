@@ -6,9 +6,8 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import nn
 
 from aplantida_dist import __version__
@@ -17,36 +16,40 @@ from aplantida_dist.checkpoint import Checkpoint, load_model_state, unpack_optim
 from aplantida_dist.config import Config
 from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.dataset import Split, open_dataset
-from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import TrainPlan
-from aplantida_dist.data.stream import Reading
-from aplantida_dist.distillation import Distillation, share_classes
 from aplantida_dist.ema import Ema, build_ema
-from aplantida_dist.errors import UserError
-from aplantida_dist.execution import arrange, synchronize_batchnorm
+from aplantida_dist.execution import synchronize_batchnorm
 from aplantida_dist.freezing import freeze, make_freezing
 from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
-from aplantida_dist.long_tail import ClassWeighted, Focal, LogitAdjusted, effective_number_weights, log_prior
 from aplantida_dist.metrics import Totals
-from aplantida_dist.mixing import Mixing, MixupCutmix, Unmixed
-from aplantida_dist.model import Normalize, PixelConvention, build_model, pixel_convention
-from aplantida_dist.nonfinite import NonFinitePolicy, Watch
-from aplantida_dist.objective import BinaryCrossEntropy, CrossEntropy, Objective
-from aplantida_dist.optimizer import build_optimizer
+from aplantida_dist.model import pixel_convention
+from aplantida_dist.nonfinite import Watch
 from aplantida_dist.origin import trace_origin_across_ranks
 from aplantida_dist.progress import open_progress
+from aplantida_dist.recipe import (
+    decided,
+    mixing_of,
+    model_of,
+    nonfinite_policy_of,
+    normalize_of,
+    objective_of,
+    optimizer_of,
+    reading_of,
+    schedule_of,
+    soft_targets_of,
+    stopping_of,
+    teachers_of,
+    transforms_of,
+)
 from aplantida_dist.record import MainRecord, Provenance, Record
 from aplantida_dist.report import new_run_id, open_report
 from aplantida_dist.run_folder import checkpoints_dir, find_checkpoint, prepare_run_folder, require_same_run
-from aplantida_dist.schedule import Schedule
-from aplantida_dist.soft_objective import soft_label_loss
-from aplantida_dist.soft_targets import Coverage, SoftTargets, open_soft_targets
+from aplantida_dist.soft_targets import Coverage, SoftTargets
 from aplantida_dist.status import Status
-from aplantida_dist.stopping import Stopping
 from aplantida_dist.strict_yaml import dump_yaml
-from aplantida_dist.teachers import Teacher, coverage_line, digest_of, open_teacher, seat, write_teachers
+from aplantida_dist.teachers import Teacher, coverage_line, digest_of, seat, write_teachers
 from aplantida_dist.trainer import Job, Running
 from aplantida_dist.world import World
 
@@ -122,7 +125,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
     running = Running(Totals(ground.class_map.num_classes, world.device))
     if ground.checkpoint is not None:
         _restore(ground.checkpoint, world=world, model=model, optimizer=prepared, running=running)
-    schedule = _schedule(config, ground.plan)
+    schedule = schedule_of(config, ground.plan)
     record = world.agree_across_ranks(
         lambda: _open_record(
             config,
@@ -133,8 +136,8 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
             total_steps=schedule.total_steps,
         )
     )
-    train_transform, evaluation_transform = _transforms(config, pixels)
-    stopping = _stopping(config)
+    train_transform, evaluation_transform = transforms_of(config, pixels)
+    stopping = stopping_of(config)
     job = Job(
         world=world,
         model=model,
@@ -154,12 +157,19 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         num_classes=ground.class_map.num_classes,
         train_counts=ground.train_counts,
         seed=config.seed,
-        mixing=_mixing(config, ground.plan),
-        objective=_objective(config, ground, world.device),
+        mixing=mixing_of(config, ground.plan),
+        objective=objective_of(
+            config,
+            class_map=ground.class_map,
+            train_counts=ground.train_counts,
+            teachers=ground.teachers,
+            soft_targets=ground.soft_targets,
+            device=world.device,
+        ),
         teachers=seat(ground.teachers, world),
         missing_soft_labels=coverage.num_missing,
         clip_norm=config.train.clip_norm,
-        nonfinite=_nonfinite_policy(config),
+        nonfinite=nonfinite_policy_of(config),
         stopping=stopping,
         metrics_to_hold=(config.checkpoint.best_metric, *([] if stopping is None else [stopping.metric])),
         freezing=freezing,
@@ -175,62 +185,12 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
     return Training(job, ground.start_step, running, (*origin.lines, *teacher_lines, *coverage.lines))
 
 
-def decided(micro_batch_size: int | Literal["auto"]) -> int:
-    """A micro-batch size as the plan needs it: `auto` has become a number before anything is put together."""
-    if micro_batch_size == "auto":
-        raise UserError("micro_batch_size is auto, which `aplantida_dist.train` alone decides; write a number")
-    return micro_batch_size
-
-
-def reading_of(config: Config, world: World) -> Reading:
-    """How this machine reads: the config's workers, and pinned memory where there is a GPU to copy to."""
-    return Reading(config.data.num_workers, config.data.prefetch_micro_batches, pin_memory=world.device.type == "cuda")
-
-
-def model_of(config: Config, *, num_classes: int, pretrained: bool) -> nn.Module:
-    """The model that a config describes, arranged to compute as it says."""
-    settings = config.model
-    model = build_model(
-        config.model.name,
-        num_classes=num_classes,
-        image_size=config.data.image_size,
-        pretrained=pretrained,
-        kwargs=config.model.kwargs,
-        seed=config.seed,
-    )
-    arrange(
-        model,
-        grad_checkpointing=settings.grad_checkpointing,
-        channels_last=settings.channels_last,
-        compile_with=settings.compile,
-    )
-    return model
-
-
-def normalize_of(config: Config, pixels: PixelConvention, world: World) -> Normalize:
-    """How pictures come to the model: in its pixel convention and memory format."""
-    return Normalize(pixels, world.device, is_channels_last=config.model.channels_last)
-
-
-def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that a config describes."""
-    settings = config.optimizer
-    return build_optimizer(
-        model,
-        name=settings.name,
-        peak_lr=settings.peak_lr,
-        weight_decay=settings.weight_decay,
-        layer_decay=settings.layer_decay,
-        kwargs=settings.kwargs,
-    )
-
-
 def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
     """Open the dataset, find the checkpoint, make the model and give it the weights that it begins or goes on with."""
     dataset = open_dataset(Path(config.data.dataset))
     train_split = dataset.open_split("train", max_samples=request.max_samples)
     val_split = dataset.open_split("val", max_samples=request.max_samples) if config.evaluation.every_epochs else None
-    soft_targets = _soft_targets(config, dataset.class_map)
+    soft_targets = soft_targets_of(config, dataset.class_map)
     digests = {
         "config": config.digest,
         "class_map": dataset.class_map.digest,
@@ -238,7 +198,7 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
         **({} if val_split is None else {"val_manifest": val_split.digest}),
         **({} if soft_targets is None else {"soft_labels": soft_targets.digest}),
     }
-    teachers = _open_teachers(config, dataset.class_map, train_split)
+    teachers = teachers_of(config, dataset.class_map, train_split)
     if teachers:
         digests["teachers"] = digest_of(teachers)
     checkpoint = find_checkpoint(request.run_dir, request.resume, warn=_warn if world.is_main else _keep_silent)
@@ -286,49 +246,6 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
     )
 
 
-def _open_teachers(config: Config, class_map: ClassMap, train_split: Split) -> tuple[Teacher, ...]:
-    """The teachers that the config names, with their weights; these, and all else of distillation, are read only where there are some."""
-    paths = config.distillation.teachers
-    if not paths:
-        return ()
-    weights = config.distillation.teacher_weights or (1.0,) * len(paths)
-    return tuple(
-        open_teacher(
-            Path(path),
-            weight=weight / sum(weights),
-            class_map=class_map,
-            train_split=train_split,
-            build=lambda own, num_classes: model_of(own, num_classes=num_classes, pretrained=False),
-        )
-        for path, weight in zip(paths, weights, strict=True)
-    )
-
-
-def _objective(config: Config, ground: _Ground, device: torch.device) -> Objective:
-    """What is minimised: the label loss, alone or beside what teachers say, now or in what was stored of them."""
-    label_objective = _label_objective(config, ground.train_counts, device)
-    if ground.soft_targets is not None:
-        return soft_label_loss(
-            ground.soft_targets,
-            label_objective=label_objective,
-            soft_share=config.soft_labels.soft_share,
-            label_share=config.soft_labels.label_share,
-            device=device,
-        )
-    if not ground.teachers:
-        return label_objective
-    return Distillation(
-        label_objective=label_objective,
-        teachers=tuple(
-            share_classes(teacher.class_map, ground.class_map, device=device) for teacher in ground.teachers
-        ),
-        weights=tuple(teacher.weight for teacher in ground.teachers),
-        temperature=config.distillation.temperature,
-        soft_share=config.distillation.soft_share,
-        label_share=config.distillation.label_share,
-    )
-
-
 def _open_ema(config: Config, ground: _Ground, *, world: World) -> Ema | None:
     """The EMA that a config asks for: as the checkpoint holds it, or one that begins with the model. Before `World.prepare`."""
     if config.ema.decay is None:
@@ -337,14 +254,6 @@ def _open_ema(config: Config, ground: _Ground, *, world: World) -> Ema | None:
     if ground.checkpoint is not None:
         load_model_state(ema.model, ground.checkpoint, "ema")
     return ema
-
-
-def _soft_targets(config: Config, class_map: ClassMap) -> SoftTargets | None:
-    """The soft labels that the config names; None where it names none, and then no other key of theirs is read."""
-    settings = config.soft_labels
-    if not settings.files:
-        return None
-    return open_soft_targets([Path(name) for name in settings.files], weights=settings.weights, class_map=class_map)
 
 
 def _cover(config: Config, ground: _Ground, *, world: World) -> Coverage:
@@ -367,91 +276,6 @@ def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimize
     if world.is_main:
         running.totals.merge(checkpoint.totals())
         running.spent_ns, running.waited_ns = position.spent_ns, position.waited_ns
-
-
-def _schedule(config: Config, plan: TrainPlan) -> Schedule:
-    """The schedule in steps. A constant rate has no end to fall to, so `final_lr` is not read for it; `decay_epochs` is read for wsd alone."""
-    settings = config.schedule
-    warmup_steps = math.ceil(settings.warmup_epochs * plan.steps_per_epoch)
-    total_steps = config.train.epochs * plan.steps_per_epoch
-    decay_epochs = settings.decay_epochs if settings.kind == "wsd" else None
-    return Schedule(
-        kind=settings.kind,
-        peak_lr=config.optimizer.peak_lr,
-        final_lr=config.optimizer.peak_lr if settings.kind == "constant" else settings.final_lr,
-        warmup_steps=warmup_steps,
-        total_steps=total_steps,
-        # Rounding both up may make them overlap by a step, which is the warm-up's.
-        decay_steps=min(math.ceil((decay_epochs or 0.0) * plan.steps_per_epoch), total_steps - warmup_steps),
-    )
-
-
-def _mixing(config: Config, plan: TrainPlan) -> Mixing:
-    """How pictures are mixed. The rest of the section is not read where both alphas are 0, nor the switch where one is."""
-    settings = config.mixing
-    mixup, cutmix = settings.mixup_alpha, settings.cutmix_alpha
-    if not (mixup or cutmix):
-        return Unmixed()
-    if decided(config.train.micro_batch_size) == 1:
-        raise UserError(
-            "micro_batch_size auto found that only 1 fits, and mixing needs 2; lower data.image_size, or set mixing off"
-        )
-    return MixupCutmix(
-        seed=config.seed,
-        mixup_alpha=mixup,
-        cutmix_alpha=cutmix,
-        probability=settings.probability,
-        cutmix_probability=settings.switch_probability if mixup and cutmix else float(cutmix > 0.0),
-        end_step=(config.train.epochs - settings.last_epochs_off) * plan.steps_per_epoch,
-    )
-
-
-def _label_objective(config: Config, train_counts: tuple[int, ...], device: torch.device) -> Objective:
-    """The label loss. The shift is outermost: everything within sees the shifted logits."""
-    loss = config.loss
-    is_binary = loss.kind == "binary_cross_entropy"
-    objective: Objective = (BinaryCrossEntropy if is_binary else CrossEntropy)(label_smoothing=loss.label_smoothing)
-    if loss.focal_gamma:
-        objective = Focal(objective, loss.focal_gamma)
-    if loss.class_weights == "effective_number":
-        weights = effective_number_weights(train_counts, beta=loss.effective_number_beta)
-        objective = ClassWeighted(objective, weights.to(device))
-    if loss.logit_adjustment:
-        objective = LogitAdjusted(objective, (loss.logit_adjustment * log_prior(train_counts)).to(device))
-    return objective
-
-
-def _nonfinite_policy(config: Config) -> NonFinitePolicy:
-    """What to do about a step that is not finite. Where it stops the run there is no budget, and none is read."""
-    action = config.train.on_nonfinite
-    return NonFinitePolicy(action, config.train.nonfinite_budget if action == "skip" else 0)
-
-
-def _stopping(config: Config) -> Stopping | None:
-    """When to stop early; None where no patience is given, and then nothing else of the section is read."""
-    patience_epochs = config.stopping.patience_epochs
-    if patience_epochs is None:
-        return None
-    settings = config.stopping
-    return Stopping(settings.metric, settings.mode, patience_epochs, settings.min_delta)
-
-
-def _transforms(config: Config, pixels: PixelConvention) -> tuple[TrainTransform, EvaluationTransform]:
-    data = config.data
-    train_transform = TrainTransform(
-        image_size=data.image_size,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
-        horizontal_flip=data.horizontal_flip,
-        random_erasing=data.random_erasing,
-        interpolation=pixels.interpolation,
-    )
-    return train_transform, evaluation_transform_of(config, pixels)
-
-
-def evaluation_transform_of(config: Config, pixels: PixelConvention) -> EvaluationTransform:
-    """The evaluation transform: the config's size, the model's crop fraction and interpolation."""
-    return EvaluationTransform(config.data.image_size, pixels.crop_fraction, pixels.interpolation)
 
 
 def _open_record(

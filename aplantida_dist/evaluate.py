@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from aplantida_dist.checkpoint import Checkpoint, CheckpointError, load_model_state
 from aplantida_dist.command import CommandParser, positive, run_command
-from aplantida_dist.compose import decided, evaluation_transform_of, model_of, normalize_of, reading_of
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
@@ -25,6 +24,7 @@ from aplantida_dist.lineage import Identities
 from aplantida_dist.long_tail import ShiftedLogits, log_prior
 from aplantida_dist.model import pixel_convention
 from aplantida_dist.origin import leak_error, leak_text, unknown_lines
+from aplantida_dist.recipe import decided, evaluation_transform_of, model_of, normalize_of, reading_of
 from aplantida_dist.record import classes_text, clean_text
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
 from aplantida_dist.world import World, open_world, told_once_a_node

@@ -10,7 +10,6 @@ import numpy as np
 
 from aplantida_dist.checkpoint import load_model_state
 from aplantida_dist.command import CommandParser, count, positive, run_command
-from aplantida_dist.compose import decided, evaluation_transform_of, model_of, reading_of
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
@@ -18,6 +17,7 @@ from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.lineage import Identities
 from aplantida_dist.model import Normalize, pixel_convention
 from aplantida_dist.origin import unknown_lines
+from aplantida_dist.recipe import decided, evaluation_transform_of, model_of, reading_of
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
 from aplantida_dist.soft_label_file import (
     Preprocessing,

@@ -45,7 +45,7 @@ LAYERS = [
     ["debug", "ancestor", "nonfinite", "soft_label_parts", "soft_targets"],
     ["init_from", "teachers"],
     ["origin", "soft_objective"],
-    ["evaluation", "soft_labelling"],
+    ["evaluation", "recipe", "soft_labelling"],
     ["trainer"],
     ["compose"],
     ["batch_size"],
