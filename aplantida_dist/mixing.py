@@ -79,7 +79,7 @@ class MixupCutmix:
         mix = self.draw(len(labels), height=images.shape[2], width=images.shape[3], step=step, slot=slot)
         if mix is None:
             return images, Targets(labels)
-        images = images.to(torch.float32, copy=True)
+        images = images.to(torch.promote_types(images.dtype, torch.float32), copy=True)
         if mix.box is None:
             images.lerp_(images.roll(mix.shift, 0), 1.0 - mix.share)
         else:

@@ -115,14 +115,14 @@ class Before:
             buffer.copy_(kept)
 
 
-def guarded(scale: float, weighted_losses: Tensor) -> Tensor:
-    """The factor of a slot's loss: `scale`, or NaN where a loss is one that the totals cannot hold.
+def guard_of(weighted_losses: Tensor) -> Tensor:
+    """A factor for a slot's loss: 1, or NaN where a loss is one that the totals cannot hold.
 
     So the gradient of every rank is NaN after the gradients' own all-reduce, and no rank needs another collective to learn of
     it. A loss can be infinite, or beyond 2^30, while its gradient is finite. weighted_losses: float32 [b]; returns float32 [].
     """
     are_countable = (weighted_losses.detach().abs() < LARGEST_LOSS).all()
-    return torch.where(are_countable, scale, math.nan)
+    return torch.where(are_countable, 1.0, math.nan)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

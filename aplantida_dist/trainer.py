@@ -30,7 +30,7 @@ from aplantida_dist.nonfinite import (
     StepEvidence,
     Watch,
     gradient_norm,
-    guarded,
+    guard_of,
     is_left_out_across_ranks,
     read_unread_across_ranks,
 )
@@ -174,7 +174,7 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
             if job.extra_checks:
                 _check_losses(read, losses, step)
             weighted = batch.weights * losses
-            job.world.accelerator.backward(weighted.sum() * guarded(scale, weighted))
+            job.world.accelerator.backward(weighted.sum() * scale * guard_of(weighted))
         seen.append(SlotLosses(slot, read.sample_keys, read.weights, losses.detach()))
         running.totals.update(
             logits.detach(), losses.detach(), labels=targets.labels, weights=batch.weights, identities=batch.identities

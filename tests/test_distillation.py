@@ -86,7 +86,7 @@ def test_the_loss_and_its_gradient_are_those_of_timm(temperature: float) -> None
     theirs = task(torch.zeros(7, 3, 2, 2), labels)["loss"]
     theirs.backward()
     ours = student.clone().requires_grad_()
-    losses = distillation(CLASSES, temperature=temperature)(ours, Targets(labels, (teacher,)))
+    losses = distillation(CLASSES, temperature=temperature)(ours, Targets(labels, teacher_logits=(teacher,)))
     losses.mean().backward()
     assert losses.shape == (7,)
     assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-6)
@@ -115,13 +115,13 @@ def test_a_teacher_is_silent_about_classes_that_it_does_not_have() -> None:
     """The soft loss moves no logit of Cornus or Euonymus, and a sample of theirs has the label loss alone, at full weight."""
     student, teacher = logits_of(1, 5, batch=5).requires_grad_(), logits_of(2, 4, batch=5)
     labels = torch.arange(5)
-    soft = distillation(REGION, label_share=0.0, soft_share=1.0)(student, Targets(labels, (teacher,)))
+    soft = distillation(REGION, label_share=0.0, soft_share=1.0)(student, Targets(labels, teacher_logits=(teacher,)))
     known = torch.tensor([name in REGION for name in CLASSES])
     soft[known].sum().backward()
     assert student.grad is not None
     assert (student.grad[:, ~known] == 0).all()
     assert (student.grad[known][:, known] != 0).all()
-    losses = distillation(REGION)(student, Targets(labels, (teacher,)))
+    losses = distillation(REGION)(student, Targets(labels, teacher_logits=(teacher,)))
     plain = CrossEntropy(label_smoothing=0.0)(student, Targets(labels))
     assert torch.allclose(losses[~known], plain[~known])
     assert not torch.isclose(losses[known], plain[known]).any()
@@ -132,10 +132,12 @@ def test_several_teachers_are_weighed_among_those_that_know_the_label() -> None:
     student, first, second = logits_of(1, 5, batch=5), logits_of(2, 5, batch=5), logits_of(3, 4, batch=5)
     labels, only_soft = torch.arange(5), {"soft_share": 1.0, "label_share": 0.0}
     one, other = (
-        distillation(names, **only_soft)(student, Targets(labels, (logits,)))
+        distillation(names, **only_soft)(student, Targets(labels, teacher_logits=(logits,)))
         for names, logits in ((CLASSES, first), (REGION, second))
     )
-    both = distillation(CLASSES, REGION, weights=(0.25, 0.75), **only_soft)(student, Targets(labels, (first, second)))
+    both = distillation(CLASSES, REGION, weights=(0.25, 0.75), **only_soft)(
+        student, Targets(labels, teacher_logits=(first, second))
+    )
     for label, name in enumerate(CLASSES):
         expected = 0.25 * one[label] + 0.75 * other[label] if name in REGION else one[label]
         assert both[label].item() == pytest.approx(expected.item(), rel=1e-6)
@@ -145,8 +147,8 @@ def test_several_teachers_are_weighed_among_those_that_know_the_label() -> None:
 def test_the_loss_is_that_of_float32(dtype: torch.dtype) -> None:
     """Half-precision logits are cast before anything is computed."""
     student, teacher, labels = logits_of(1, 5).to(dtype), logits_of(2, 5).to(dtype), torch.arange(7) % 5
-    losses = distillation(CLASSES)(student, Targets(labels, (teacher,)))
-    exact = distillation(CLASSES)(student.double(), Targets(labels, (teacher.double(),)))
+    losses = distillation(CLASSES)(student, Targets(labels, teacher_logits=(teacher,)))
+    exact = distillation(CLASSES)(student.double(), Targets(labels, teacher_logits=(teacher.double(),)))
     assert losses.dtype == torch.float32
     assert torch.allclose(losses.double(), exact, rtol=1e-6)
 

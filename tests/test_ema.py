@@ -150,6 +150,7 @@ def test_on_adds_a_block_and_a_file_and_changes_nothing_else(grounds: Path) -> N
     assert json.dumps(on) == json.dumps(off)
     columns = [json.loads((grounds / run / "training_history.json").read_text()) for run in ("on", "off")]
     added = {f"val_ema_{name}" for name in ("loss", "top1_acc", "top5_acc", "macro_top1_acc", "num_samples")}
+    added |= {f"val_ema_{frequency}_top1_acc" for frequency in ("medium", "few")}
     assert columns[0].keys() - columns[1].keys() == added
     assert columns[1].keys() <= columns[0].keys()
     files = [{path.name for path in (grounds / run / "checkpoints/step_00000015").iterdir()} for run in ("on", "off")]
@@ -242,9 +243,9 @@ def moves_and_faults(config: Path, run_dir: Path) -> tuple[list[bool], str]:
         run_step(job, batches, running, step)
         after = job.ema.model.state_dict()
         moved.append(any(not np.array_equal(before[name], tensor.numpy()) for name, tensor in after.items()))
-    assert running.skipped_steps == 1
+    assert running.watch.skipped_steps == 1
     next(job.ema.model.parameters()).data.fill_(float("nan"))
-    so_far = EpochSoFar(running.totals.vector, 0.0, 0, 0, 0)
+    so_far = EpochSoFar(running.totals.vector, 0.0, 0, 0, 0, 0, 0)
     bare = job.world.unwrap(job.model)
     with pytest.raises(CheckpointError) as error:
         job.record.save(bare, job.optimizer.optimizer, ema=job.ema.model, step=2, epoch=0, so_far=so_far, scaler={})

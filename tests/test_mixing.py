@@ -172,14 +172,14 @@ def reference_gradient(config: Path, run_dir: Path, overrides: Sequence[str], st
 def test_the_gradient_is_that_of_the_mixed_loss(
     dataset_dir: Path, tmp_path: Path, micro_batch_size: int, kind: str, step: int
 ) -> None:
-    """Law 4 with mixing: to 1e-12 on 1 to 3 ranks, with padding among the partners in the ragged step."""
+    """Law 4 with mixing, on 1 to 3 ranks: to 1e-8, since pictures are blended in float32 and the reference in float64; with padding among the partners in the ragged step."""
     config = write_config(tmp_path / "config.yaml", dataset_dir)
     overrides = [f"train.micro_batch_size={micro_batch_size}", f"loss.kind={kind}", MIXUP, CUTMIX]
     (expected,) = run_ranks(1, reference_gradient, config, tmp_path / "reference", overrides, step)
     for world_size in (1, 2, 3):
         for found in run_ranks(world_size, gradient_of_step, config, tmp_path / f"run_{world_size}", overrides, step):
             for ours, theirs in zip(found, expected, strict=True):
-                assert abs(ours - theirs).max() < 1e-12
+                assert abs(ours - theirs).max() < 1e-8
     assert max(abs(part).max() for part in expected) > 1e-4, "a gradient of zero would prove nothing"
 
 

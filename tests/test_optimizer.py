@@ -67,12 +67,16 @@ def saved(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> P
         spent_ns=0,
         waited_ns=0,
         skipped_steps=0,
+        nonfinite_steps=0,
+        nonfinite_steps_of_run=0,
+        train_counts=None,
         lineage=Lineage(np.zeros(0, dtype=np.int64)).facts(),
     )
     return save_checkpoint(
         folder,
         position=position,
         model_state=model.state_dict(),
+        ema_state=None,
         optimizer_state=tensors,
         totals=torch.zeros(1, dtype=torch.int64),
         lineage=Lineage(np.zeros(0, dtype=np.int64)),

@@ -254,7 +254,7 @@ def test_memory_holds_the_identities_and_not_the_probabilities(tmp_path: Path) -
 
 
 def targets_of(keys: Sequence[str], labels: Sequence[int]) -> Targets:
-    return Targets(torch.tensor(labels), torch.tensor([identity_of(key) for key in keys]))
+    return Targets(torch.tensor(labels), identities=torch.tensor([identity_of(key) for key in keys]))
 
 
 @pytest.mark.parametrize("num_kept", [1, 3, 5])

@@ -80,10 +80,10 @@ def test_any_number_of_a_row_is_a_metric_and_an_unknown_one_names_them() -> None
     leaking = row(1, 0.5, leaked_samples=4)
     for name in ("val.leaked_samples", "val.top1", "train.images_per_s", "train.macro_top1"):
         leaking.require_metric(name)
-    for name in ("val.few_top1", "ema.val.top1", "train.identity_digest", "digests.config"):
+    for name in ("val.rare_top1", "ema.val.top1", "train.identity_digest", "digests.config"):
         with pytest.raises(HistoryError, match=r"there are train\.loss, .*val\.macro_top1"):
             leaking.require_metric(name)
-    row(1, None).require_metric("val.few_top1")
+    row(1, None).require_metric("val.rare_top1")
     with pytest.raises(HistoryError, match=r"train\.few_top1"):
         row(1, None).require_metric("train.few_top1")
 
@@ -172,10 +172,10 @@ def test_patience_is_exact_after_a_resume(dataset_dir: Path, tmp_path: Path) -> 
 def test_an_unknown_metric_is_told_at_the_first_row_and_loses_nothing(dataset_dir: Path, tmp_path: Path) -> None:
     """Every rank ends, one line names what there is, and with another name the run goes on after that row."""
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=2)
-    finished = train(2, config, tmp_path / "run", tmp_path, "checkpoint.best_metric=val.few_top1")
+    finished = train(2, config, tmp_path / "run", tmp_path, "checkpoint.best_metric=val.rare_top1")
     assert [rank.code for rank in finished] == [2, 2]
     (line,) = [line for rank in finished for line in rank.stderr.splitlines()]
-    assert "'val.few_top1'" in line
+    assert "'val.rare_top1'" in line
     assert "val.macro_top1" in line
     finished = train(2, config, tmp_path / "run", tmp_path, "checkpoint.best_metric=val.macro_top1")
     assert [rank.code for rank in finished] == [0, 0], finished[0].stderr

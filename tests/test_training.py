@@ -127,7 +127,7 @@ def reference_gradient(config: Path, run_dir: Path, overrides: Sequence[str], st
     identities = torch.cat([batch.identities for batch in batches])[real]
     assert len(labels) == job.plan.samples_in_step(step % job.plan.steps_per_epoch)
     model = make_probe(job.num_classes)
-    job.objective(model(ToDouble()(images)), Targets(labels, identities)).mean().backward()
+    job.objective(model(ToDouble()(images)), Targets(labels, identities=identities)).mean().backward()
     return [parameter.grad.numpy() for parameter in model.parameters() if parameter.grad is not None]
 
 
