@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.ranks import command_on_ranks
-from tests.runs import rows_of
+from tests.runs import cut_back, rows_of
 
 Weights = dict[str, np.ndarray]
 
@@ -46,9 +46,7 @@ def require_exact_resume(whole: Path, config: Path, overrides: Sequence[str], *,
     """Cut back to a checkpoint and resumed, a run of `run_whole` has the same history, weights and optimizer, bit for bit."""
     broken = whole.with_name(f"broken_{stop}")
     shutil.copytree(whole, broken)
-    for checkpoint in (broken / "checkpoints").glob("step_*"):
-        if int(checkpoint.name.removeprefix("step_")) > stop:
-            shutil.rmtree(checkpoint)
+    cut_back(broken, step=stop)
     said = train(1, config, broken, *overrides, "checkpoint.every_steps=1", "checkpoint.keep_last=100")
     assert f"going on from step {stop}" in said
     assert json.dumps(rows_of(whole)) == json.dumps(rows_of(broken))

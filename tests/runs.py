@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,10 @@ def compose(config_path: Path, run_dir: Path, overrides: Sequence[str] = ()) -> 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
     """A run's history without its clock and speed fields."""
     return [without_time(json.loads(line)) for line in (run_dir / "history.jsonl").read_text().splitlines()]
+
+
+def cut_back(run_dir: Path, *, step: int) -> None:
+    """As if the run had died right after the checkpoint of this step: nothing later is on disk but the history's rows."""
+    for checkpoint in (run_dir / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)

@@ -30,7 +30,7 @@ from aplantida_dist.teachers import Teachers, resize
 from aplantida_dist.trainer import Running, read_ahead, run_step
 from tests.pictures import build, draw, fill
 from tests.ranks import command_on_ranks, run_ranks
-from tests.runs import compose, rows_of, write_config
+from tests.runs import compose, cut_back, rows_of, write_config
 from tests.test_bad_input import complaint, train_complaint
 
 CPU = torch.device("cpu")
@@ -199,13 +199,6 @@ def train(config: Path, run_dir: Path, *arguments: str | Path, world_size: int =
     return finished[0].stdout
 
 
-def run_again(run_dir: Path, *, from_step: int) -> None:
-    """As if the run had died right after the checkpoint of this step."""
-    for checkpoint in (run_dir / "checkpoints").glob("step_*"):
-        if int(checkpoint.name.removeprefix("step_")) > from_step:
-            shutil.rmtree(checkpoint)
-
-
 def weights_of(run_dir: Path) -> dict[str, np.ndarray]:
     return load_file(max((run_dir / "checkpoints").glob("step_*")) / "model.safetensors")
 
@@ -348,7 +341,7 @@ def test_a_resume_is_exact_and_the_teachers_may_have_moved(chain: Chain, tmp_pat
     keep = ["checkpoint.keep_last=100", "model.kwargs.drop_rate=0.1"]
     train(config, tmp_path / "whole", chain.both, *keep)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    run_again(tmp_path / "broken", from_step=4)
+    cut_back(tmp_path / "broken", step=4)
     moved = [shutil.copytree(run, tmp_path / "moved" / run.name) for run in chain.teachers]
     said = train(config, tmp_path / "broken", f"distillation.teachers=[{moved[0]},{moved[1]}]", *keep)
     assert "going on from step 4" in said
@@ -366,7 +359,7 @@ def test_other_teachers_are_refused_on_resume(chain: Chain, tmp_path: Path) -> N
     shutil.copytree(chain.teachers[0], teacher)
     alone = f"distillation.teachers=[{teacher}]"
     train(config, tmp_path / "run", alone, "checkpoint.keep_last=100")
-    run_again(tmp_path / "run", from_step=2)
+    cut_back(tmp_path / "run", step=2)
     said = train_complaint(config, tmp_path, alone, "distillation.temperature=2.0")
     assert "distillation.temperature was 3.0, is 2.0" in said
     assert "teachers was " in (said := train_complaint(config, tmp_path))

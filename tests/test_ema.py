@@ -25,7 +25,7 @@ from aplantida_dist.metrics import Totals
 from aplantida_dist.record import EpochSoFar, summary_line
 from aplantida_dist.trainer import Running, read_ahead, run_step
 from tests.ranks import command_on_ranks, run_ranks
-from tests.runs import compose, rows_of, write_config
+from tests.runs import compose, cut_back, rows_of, write_config
 
 EPOCHS = 3
 OFF = ("checkpoint.keep_last=100",)
@@ -109,7 +109,7 @@ def test_a_run_stopped_twice_ends_with_the_same_average(grounds: Path, tmp_path:
     """Cut back to a checkpoint in mid-epoch, resumed, cut back again: history, weights and EMA equal bit for bit."""
     shutil.copytree(grounds / "on", tmp_path / "broken")
     for stop in (3, 12):
-        cut_after(tmp_path / "broken", stop)
+        cut_back(tmp_path / "broken", step=stop)
         said = command("train", 1, tmp_path, "--config", grounds / "config.yaml", "--run-dir", tmp_path / "broken", *ON)
         assert f"going on from step {stop}" in said
         assert json.dumps(rows_of(tmp_path / "broken")) == json.dumps(rows_of(grounds / "on"))
@@ -126,19 +126,12 @@ def test_a_run_goes_on_with_its_average_on_another_number_of_ranks(dataset_dir: 
     on = (*ON, "train.epochs=2")
     command("train", 1, tmp_path, "--config", config, "--run-dir", whole, *on)
     shutil.copytree(whole, moved)
-    cut_after(moved, 8)
+    cut_back(moved, step=8)
     command("train", 2, tmp_path, "--config", config, "--run-dir", moved, *on)
     ours, theirs = (state_of(run, 10, "ema.safetensors") for run in (whole, moved))
     assert max(abs(ours[name] - theirs[name]).max() for name in ours) < 2e-4
     for row, other in zip(rows_of(whole), rows_of(moved), strict=True):
         assert row["val_ema"]["loss"] == pytest.approx(other["val_ema"]["loss"], rel=1e-3)
-
-
-def cut_after(run_dir: Path, step: int) -> None:
-    """As if the run had died right after the checkpoint of this step."""
-    for checkpoint in (run_dir / "checkpoints").glob("step_*"):
-        if int(checkpoint.name.removeprefix("step_")) > step:
-            shutil.rmtree(checkpoint)
 
 
 def test_on_adds_a_block_and_a_file_and_changes_nothing_else(grounds: Path) -> None:

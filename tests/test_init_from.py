@@ -23,7 +23,7 @@ from aplantida_dist.model import build_model, head_names
 from aplantida_dist.origin import NO_IDENTITIES
 from tests.pictures import build, fill
 from tests.ranks import command_on_ranks
-from tests.runs import rows_of, write_config
+from tests.runs import cut_back, rows_of, write_config
 from tests.test_bad_input import train_complaint
 
 GLOBAL = ("Acer", "Betula", "Cornus", "Daphne", "Euonymus")
@@ -262,9 +262,7 @@ def test_a_resume_is_exact_and_needs_the_ancestor_no_more(grounds: tuple[Path, P
     overrides = [f"model.init_from={moved}", "checkpoint.keep_last=100"]
     train(config, tmp_path / "whole", tmp_path, *overrides)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    for checkpoint in (tmp_path / "broken" / "checkpoints").glob("step_*"):
-        if int(checkpoint.name.removeprefix("step_")) > 3:
-            shutil.rmtree(checkpoint)
+    cut_back(tmp_path / "broken", step=3)
     shutil.rmtree(moved)
     said = train(config, tmp_path / "broken", tmp_path, *overrides)
     assert "going on from step 3" in said

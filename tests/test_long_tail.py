@@ -32,7 +32,7 @@ from aplantida_dist.objective import CrossEntropy, Objective, Targets
 from aplantida_dist.record import classes_text
 from aplantida_dist.trainer import Running, read_ahead, run_step
 from tests.ranks import Finished, command_on_ranks, run_ranks
-from tests.runs import compose, rows_of, write_config
+from tests.runs import compose, cut_back, rows_of, write_config
 from tests.test_history import values
 from tests.test_resume import assert_same_run, train
 from tests.test_training import gradient_of_step, reference_gradient
@@ -191,9 +191,7 @@ def test_a_resume_in_mid_epoch_with_everything_on_is_the_unbroken_run(dataset_di
     overrides = (*ALL, "checkpoint.keep_last=100")
     train(1, config, tmp_path / "whole", tmp_path, *overrides)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    for checkpoint in (tmp_path / "broken" / "checkpoints").glob("step_*"):
-        if int(checkpoint.name.removeprefix("step_")) > 7:
-            shutil.rmtree(checkpoint)
+    cut_back(tmp_path / "broken", step=7)
     assert "going on from step 7" in train(1, config, tmp_path / "broken", tmp_path, *overrides)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 

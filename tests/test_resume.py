@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from tests.ranks import command_on_ranks
-from tests.runs import rows_of, write_config
+from tests.runs import cut_back, rows_of, write_config
 
 EPOCHS = 4
 EPOCHS_TO_KILL_IN = 8
@@ -74,10 +74,7 @@ def test_a_run_stopped_twice_is_the_unbroken_run(
     train(1, config, tmp_path / "whole", tmp_path, *overrides)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     for stop in stops:
-        # As if the run had died right after the checkpoint of this step: nothing later is on disk but the history's rows.
-        for checkpoint in (tmp_path / "broken" / "checkpoints").glob("step_*"):
-            if int(checkpoint.name.removeprefix("step_")) > stop:
-                shutil.rmtree(checkpoint)
+        cut_back(tmp_path / "broken", step=stop)
         said = train(1, config, tmp_path / "broken", tmp_path, *overrides)
         assert f"going on from step {stop}" in said
         assert_same_run(tmp_path / "whole", tmp_path / "broken")
@@ -197,9 +194,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(dataset_dir: Path, tmp_path:
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=EPOCHS, every_steps=1)
     train(first, config, tmp_path / "whole", tmp_path, "checkpoint.keep_last=100")
     shutil.copytree(tmp_path / "whole", tmp_path / "moved")
-    for checkpoint in (tmp_path / "moved" / "checkpoints").glob("step_*"):
-        if int(checkpoint.name.removeprefix("step_")) > 8:
-            shutil.rmtree(checkpoint)
+    cut_back(tmp_path / "moved", step=8)
     train(then, config, tmp_path / "moved", tmp_path, "checkpoint.keep_last=100")
     for ours, theirs in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "moved"), strict=True):
         assert ours["train"]["identity_digest"] == theirs["train"]["identity_digest"]

@@ -31,7 +31,7 @@ from aplantida_dist.soft_objective import soft_label_loss
 from aplantida_dist.soft_targets import open_soft_targets
 from tests.conftest import CLASSES
 from tests.ranks import Finished, command_on_ranks, run_ranks
-from tests.runs import rows_of, write_config
+from tests.runs import cut_back, rows_of, write_config
 from tests.test_resume import assert_same_run
 from tests.test_training import losses_of_steps
 
@@ -380,9 +380,7 @@ def test_a_resumed_student_is_the_unbroken_one_and_its_files_may_not_change(
     overrides = ["checkpoint.keep_last=100"]
     train(config, tmp_path / "whole", tmp_path, f"soft_labels.files=[{soft}]", *overrides)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    for checkpoint in (tmp_path / "broken" / "checkpoints").glob("step_*"):
-        if int(checkpoint.name.removeprefix("step_")) > 7:
-            shutil.rmtree(checkpoint)
+    cut_back(tmp_path / "broken", step=7)
     other, moved = tmp_path / "other.soft", tmp_path / "moved.soft"
     label(teacher, dataset_dir, other, "--top", "2")
     for files, now in (

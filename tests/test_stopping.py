@@ -15,7 +15,7 @@ from aplantida_dist.config_file import load_config
 from aplantida_dist.history import HistoryError, Row, make_row
 from aplantida_dist.stopping import Stopping, reason_to_stop
 from tests.ranks import Finished, command_on_ranks
-from tests.runs import rows_of, write_config
+from tests.runs import cut_back, rows_of, write_config
 
 BLOCK = {
     "loss": 1.0,
@@ -155,9 +155,7 @@ def test_patience_is_exact_after_a_resume(dataset_dir: Path, tmp_path: Path) -> 
     overrides = (*STOP, "checkpoint.keep_last=100")
     train(1, config, tmp_path / "whole", tmp_path, *overrides)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    for path in (tmp_path / "broken" / "checkpoints").glob("step_*"):
-        if int(path.name.removeprefix("step_")) > 8:
-            shutil.rmtree(path)
+    cut_back(tmp_path / "broken", step=8)
     (finished,) = train(1, config, tmp_path / "broken", tmp_path, *overrides)
     assert "going on from step 8" in finished.stdout
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "broken")
