@@ -15,9 +15,9 @@ from aplantida_dist.config import Config
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.errors import UserError
 from aplantida_dist.loss import cross_entropy
-from aplantida_dist.model import Normalize, pixel_convention
+from aplantida_dist.model import pixel_convention
 from aplantida_dist.optimizer import set_learning_rate
-from aplantida_dist.recipe import model_of, optimizer_of
+from aplantida_dist.recipe import model_of, normalize_of, optimizer_of
 from aplantida_dist.run_folder import find_checkpoint
 from aplantida_dist.world import World, is_out_of_memory
 
@@ -126,7 +126,7 @@ class Trial:
         _, total_bytes = torch.cuda.mem_get_info(world.device)
         self._reserve = torch.empty(int(RESERVED_SHARE * total_bytes), dtype=torch.uint8, device=world.device)
         model = model_of(config, num_classes=num_classes, pretrained=False)
-        self._normalize = Normalize(pixel_convention(model), world.device)
+        self._normalize = normalize_of(config, pixel_convention(model), world)
         self._model: nn.Module = model.to(world.device).train()
         self._optimizer = optimizer_of(config, self._model)
         set_learning_rate(self._optimizer, 0.0)

@@ -27,7 +27,7 @@ class SharedClasses:
 
 def share_classes(teacher: ClassMap, student: ClassMap, *, device: torch.device) -> SharedClasses:
     """Match two class maps by name; what only one of them has is in neither list."""
-    names = [name for name in student.class_names if name in teacher.index_of]
+    names = student.shared_with(teacher)
     return SharedClasses(
         student=torch.tensor([student.index_of[name] for name in names], dtype=torch.int64, device=device),
         teacher=torch.tensor([teacher.index_of[name] for name in names], dtype=torch.int64, device=device),

@@ -18,7 +18,7 @@ from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.errors import UserError
 from aplantida_dist.evaluation import as_evaluation_metrics, evaluate_across_ranks
-from aplantida_dist.files import write_json
+from aplantida_dist.files import replacing, write_json
 from aplantida_dist.history import EvaluationMetrics
 from aplantida_dist.lineage import Identities
 from aplantida_dist.long_tail import ShiftedLogits, log_prior
@@ -113,15 +113,13 @@ def _writer(path: Path, world: World, files: ExitStack) -> Callable[[str], Any]:
     """Where predictions go: a file beside, which takes its name when it is whole. Every rank gets one, the main writes."""
     if not world.is_main:
         return len
-    beside = path.with_name(f".{path.name}.part")
     try:
-        file = beside.open("w", encoding="utf-8")
+        beside = files.enter_context(replacing(path))
+        file = files.enter_context(beside.open("w", encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: predictions cannot be written here: {error.strerror}; choose another place"
         ) from error
-    files.callback(beside.replace, path)
-    files.enter_context(file)
     return file.write
 
 

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +31,33 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file: after a crash at any point it holds the old bytes or the new ones, and the new ones survive power loss."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside a file, to write and sync to: when the block ends it takes the file's name, when the block raises it goes.
+
+    So after a crash at any point the file holds the old bytes or the new ones. Raises OSError.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file, whole or not at all (see `replacing`); the new bytes survive power loss."""
+    try:
+        with replacing(path) as beside, beside.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UserError(
             f"{path}: could not be written: {reason_of(error, path, num_bytes=len(content))}; make room or choose another folder"
         ) from error
-    sync_folder(path.parent)
 
 
 def reason_of(error: OSError, path: Path, *, num_bytes: int) -> str:

@@ -117,12 +117,14 @@ def account_lines(account: WeightAccount, ancestor: Descent) -> list[str]:
 
 def _compare_heads(ancestor_map: ClassMap | None, class_map: ClassMap, *, is_carried: bool) -> HeadAccount:
     """Which class names both heads have; none where the head could not be carried over."""
-    theirs = ancestor_map.index_of if ancestor_map else {}
-    shared = {name for name in theirs if name in class_map.index_of and is_carried}
+    if ancestor_map is None or not is_carried:
+        return HeadAccount(
+            shared=(), new=class_map.class_names, dropped=() if ancestor_map is None else ancestor_map.class_names
+        )
     return HeadAccount(
-        shared=tuple(name for name in class_map.class_names if name in shared),
-        new=tuple(name for name in class_map.class_names if name not in shared),
-        dropped=tuple(name for name in theirs if name not in shared),
+        shared=class_map.shared_with(ancestor_map),
+        new=class_map.missing_in(ancestor_map),
+        dropped=ancestor_map.missing_in(class_map),
     )
 
 
@@ -140,7 +142,7 @@ def _carry_heads(
     """
     if ancestor_map is None:
         return {}
-    shared = [name for name in class_map.class_names if name in ancestor_map.index_of]
+    shared = class_map.shared_with(ancestor_map)
     rows = torch.tensor([class_map.index_of[name] for name in shared], dtype=torch.int64)
     ancestor_rows = torch.tensor([ancestor_map.index_of[name] for name in shared], dtype=torch.int64)
     carried: dict[str, Tensor] = {}

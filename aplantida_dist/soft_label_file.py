@@ -18,7 +18,7 @@ from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.images import Interpolation
 from aplantida_dist.data.manifest import identity_digest
 from aplantida_dist.errors import UserError
-from aplantida_dist.files import canonical_json, reason_of, sync_folder
+from aplantida_dist.files import canonical_json, reason_of, replacing
 from aplantida_dist.lineage import Descent, Identities, Lineage, lineage_from
 
 _ALIGNMENT = 64
@@ -143,7 +143,7 @@ class SoftLabelFile:
 
 
 def open_soft_labels(path: Path) -> SoftLabelFile:
-    """Map a file and check every byte of it; SoftLabelError where it is absent, cut, changed, or no such file. 128 MB take 0.1 s."""
+    """Map a file and check every byte of it; SoftLabelError where it is absent, cut, changed, or no such file. 146 MB took 0.4 s."""
     try:
         with path.open("rb") as file:
             num_header_bytes = int.from_bytes(file.read(8), "little")
@@ -184,34 +184,31 @@ def write_soft_labels(path: Path, facts: SoftLabelFacts, *, parts: Iterable[NDAr
     _require_samples(identities[order], facts, path)
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     # The digests' places are filled last; they are as long as these.
     start = len(_encode(_header(facts, dict.fromkeys(facts.layout(), "0" * 64))))
     num_bytes = _end_of(facts, start=start)
     try:
-        with beside.open("wb") as file:
-            file.truncate(num_bytes)
-        arrays, _ = _map_arrays(beside, facts, start=start, num_bytes=num_bytes, mode="r+")
-        arrays["identities"][:] = identities[order]
-        arrays["seen"][:] = seen
-        first = 0
-        for part in parts:
-            here = places[first : first + len(part)]
-            for name in ("class_indices", "probabilities", "rest"):
-                arrays[name][here] = part[name]
-            first += len(part)
-        digests = {name: _sha256_of(array) for name, array in arrays.items()}
-        del arrays
-        with beside.open("r+b") as file:
-            file.write(_encode(_header(facts, digests)))
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            with beside.open("wb") as file:
+                file.truncate(num_bytes)
+            arrays, _ = _map_arrays(beside, facts, start=start, num_bytes=num_bytes, mode="r+")
+            arrays["identities"][:] = identities[order]
+            arrays["seen"][:] = seen
+            first = 0
+            for part in parts:
+                here = places[first : first + len(part)]
+                for name in ("class_indices", "probabilities", "rest"):
+                    arrays[name][here] = part[name]
+                first += len(part)
+            digests = {name: _sha256_of(array) for name, array in arrays.items()}
+            del arrays
+            with beside.open("r+b") as file:
+                file.write(_encode(_header(facts, digests)))
+                os.fsync(file.fileno())
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise SoftLabelError(
             f"{path}: could not be written: {reason_of(error, path, num_bytes=num_bytes)}; make room or choose another place"
         ) from error
-    sync_folder(path.parent)
 
 
 def _require_samples(ascending: Identities, facts: SoftLabelFacts, path: Path) -> None:

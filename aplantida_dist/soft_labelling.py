@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +16,10 @@ from aplantida_dist.data.images import EvaluationTransform
 from aplantida_dist.data.plan import Coordinates, StoredPlan
 from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
 from aplantida_dist.lineage import Identities
+from aplantida_dist.pace import Pace
 from aplantida_dist.soft_label_file import SoftLabelError, SoftLabelFacts
 from aplantida_dist.soft_label_parts import SLOTS_PER_PART, SoftLabelParts
 from aplantida_dist.world import World
-
-LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,16 @@ def write_parts_across_ranks(labelling: Labelling, parts: SoftLabelParts, *, wor
         MicroBatches(labelling.split, plan, labelling.transform, seed=0), coordinates, reading=labelling.reading
     )
     model = world.prepare_for_evaluation(labelling.model).eval()
-    told_s = time.monotonic()
+    first_sample, num_samples = first_part * parts.part_samples, parts.facts.num_samples
+    pace = Pace(total=num_samples - first_sample, doing="labelling samples")
     for part, slots in enumerate(slots_of_parts, start=first_part):
         records = [_label(next(batches), model, labelling, world.device) for _ in slots]
         by_rank = world.gather_across_ranks(records)
         # The ranks take slots in turn, so taking one of each in turn is the stored order.
         in_order = [rank[turn] for turn in range(len(by_rank[0])) for rank in by_rank if turn < len(rank)]
         world.learn_from_main_across_ranks(partial(parts.write, part, in_order))
-        if world.is_main and time.monotonic() - told_s >= LINE_EVERY_S:
-            told_s = time.monotonic()
-            done = min((part + 1) * parts.part_samples, parts.facts.num_samples)
-            print(f"labelled {done} of {parts.facts.num_samples} samples", flush=True)
+        if world.is_main:
+            pace.tell(min((part + 1) * parts.part_samples, num_samples) - first_sample)
 
 
 def _slots(plan: StoredPlan, part: int, world: World) -> range:

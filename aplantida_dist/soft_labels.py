@@ -15,9 +15,9 @@ from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.lineage import Identities
-from aplantida_dist.model import Normalize, pixel_convention
+from aplantida_dist.model import pixel_convention
 from aplantida_dist.origin import unknown_lines
-from aplantida_dist.recipe import decided, evaluation_transform_of, model_of, reading_of
+from aplantida_dist.recipe import decided, evaluation_transform_of, model_of, normalize_of, reading_of
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
 from aplantida_dist.soft_label_file import (
     Preprocessing,
@@ -91,7 +91,7 @@ def _open(arguments: argparse.Namespace, config: Config, world: World) -> Labell
         model=model,
         split=split,
         transform=transform,
-        normalize=Normalize(pixels, world.device),
+        normalize=normalize_of(config, pixels, world),
         reading=reading_of(config, world),
         facts=facts,
         seen=lineage.identities,

@@ -111,7 +111,7 @@ def open_teacher(
 
 def _cover(path: Path, own_map: ClassMap, *, class_map: ClassMap, train_split: Split) -> Coverage:
     """Hold a teacher's classes against what its student is to learn; TeacherError where it knows nothing of it."""
-    shared = tuple(name for name in class_map.class_names if name in own_map.index_of)
+    shared = class_map.shared_with(own_map)
     counts = train_split.counts_of_classes(class_map.num_classes)
     known_samples = sum(counts[class_map.index_of[name]] for name in shared)
     if len(shared) < MIN_SHARED or known_samples == 0:
@@ -122,8 +122,8 @@ def _cover(path: Path, own_map: ClassMap, *, class_map: ClassMap, train_split: S
         )
     return Coverage(
         shared=shared,
-        student_only=tuple(name for name in class_map.class_names if name not in own_map.index_of),
-        teacher_only=tuple(name for name in own_map.class_names if name not in class_map.index_of),
+        student_only=class_map.missing_in(own_map),
+        teacher_only=own_map.missing_in(class_map),
         known_samples=known_samples,
         num_samples=train_split.num_samples,
     )

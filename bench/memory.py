@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from aplantida_dist.pace import with_pace
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.jsonl import read_jsonl
-from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.writer import ShardLimits
 from bench.finding import Finding, Goal, alone
 

@@ -23,13 +23,13 @@ from aplantida_dist.data.classmap import ClassMap, load_class_map
 from aplantida_dist.data.index import read_index, read_member
 from aplantida_dist.data.manifest import load_manifest
 from aplantida_dist.errors import UserError
+from aplantida_dist.pace import with_pace
 from aplantida_dist.shards import pace
 from aplantida_dist.shards.account import Account
 from aplantida_dist.shards.audit import Candidate, Picture, audit_picture, sample_key_of
 from aplantida_dist.shards.builder import BuildError, read_samples
 from aplantida_dist.shards.folder import FolderError, read_folder
 from aplantida_dist.shards.lines import LineError
-from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import PlacementError
 from aplantida_dist.shards.second_reading import ChangedError
 from aplantida_dist.shards.writer import Sample, ShardLimits, WriterError, write_split

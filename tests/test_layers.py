@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
-    ["errors", "seeds", "schedule", "loss", "progress", "web_page", "data.frequency"],
+    ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "data.frequency"],
     ["files", "command", "world", "yaml_words", "data.decode", "objective"],
     ["strict_yaml"],
     [

@@ -50,6 +50,14 @@ class ClassMap:
         """class_name → class_index."""
         return {name: index for index, name in enumerate(self.class_names)}
 
+    def shared_with(self, other: ClassMap) -> tuple[str, ...]:
+        """The names that both have, in the order of this one."""
+        return tuple(name for name in self.class_names if name in other.index_of)
+
+    def missing_in(self, other: ClassMap) -> tuple[str, ...]:
+        """The names that the other lacks, in the order of this one."""
+        return tuple(name for name in self.class_names if name not in other.index_of)
+
     def save(self, path: Path) -> None:
         """Write classes.json, whole or not at all."""
         content = {"version": 1, "digest": self.digest, "classes": list(self.class_names)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +12,15 @@ from pathlib import Path
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap
 from aplantida_dist.data.manifest import SPLITS, Manifest, Reencoding
 from aplantida_dist.errors import UserError
+from aplantida_dist.pace import with_pace
 from aplantida_dist.seeds import derive
 from aplantida_dist.shards.account import Account, GroupsUse, SplitsUse
 from aplantida_dist.shards.audit import MIN_SIDE, Candidate, Fault, audit_places, keys_of_places
 from aplantida_dist.shards.claim import claimed
-from aplantida_dist.shards.copies import drop_copies, leave_out_refused, part_by_licence, stated_licence
+from aplantida_dist.shards.copies import drop_copies, leave_out_refused, part_by_licence
 from aplantida_dist.shards.earlier import read_splits
 from aplantida_dist.shards.groups import Group, find_groups, leave_out_leaks, split_by_group
-from aplantida_dist.shards.licence import ANY_LICENCE, Requirement, count_licences, licence_inside
-from aplantida_dist.shards.pace import with_pace
+from aplantida_dist.shards.licence import ANY_LICENCE, Requirement, count_licences, licence_inside, stated_licence
 from aplantida_dist.shards.placement import placed, require_apart, require_free_place, require_room
 from aplantida_dist.shards.record import LeftOut, Record
 from aplantida_dist.shards.report import save_report
@@ -167,7 +168,7 @@ def _use_of_groups(groups: Sequence[Group], *, distance: int) -> GroupsUse:
 def _audit(records: Sequence[Record], *, options: BuildOptions) -> tuple[list[Candidate], list[LeftOut]]:
     """Decode every record under an accepted licence; return those that stay, one of each picture, and those that do not."""
     accepted, refused = part_by_licence(records, options.licence)
-    left_out = [record.left_out("licence", stated_licence(record)) for record in refused]
+    left_out = [record.left_out("licence", stated_licence(json.loads(record.metadata))) for record in refused]
     candidates: list[Candidate] = []
     findings = audit_places(
         (record.place for record in accepted),

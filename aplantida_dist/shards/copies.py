@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from aplantida_dist.files import canonical_json
 from aplantida_dist.shards.audit import Candidate
-from aplantida_dist.shards.licence import UNKNOWN, Requirement, strictest
+from aplantida_dist.shards.licence import UNKNOWN, Requirement, stated_licence, strictest
 from aplantida_dist.shards.record import LeftOut, Reason, Record
 
 COPY_STAYS_IN = ("test", "val", "train", None)
@@ -39,15 +39,9 @@ def leave_out_refused(
         if refused is None:
             kept.append(candidate)
         else:
-            detail = f"same bytes as {refused.source}: {stated_licence(refused)}"
+            detail = f"same bytes as {refused.source}: {stated_licence(json.loads(refused.metadata))}"
             left_out.append(candidate.record.left_out("licence", detail))
     return kept, left_out
-
-
-def stated_licence(record: Record) -> str:
-    """The licence of a record as its source puts it."""
-    stated = json.loads(record.metadata).get("license")
-    return str(stated) if stated else "no licence is stated"
 
 
 def drop_copies(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[LeftOut]]:

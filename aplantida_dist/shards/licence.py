@@ -88,6 +88,11 @@ def licence_of(metadata: dict[str, Any]) -> Licence | None:
     return parse_licence(stated) if isinstance(stated, str) else UNKNOWN
 
 
+def stated_licence(metadata: dict[str, Any]) -> str:
+    """The licence of a picture's metadata as its source puts it, for reports."""
+    return str(metadata.get("license") or "no licence is stated")
+
+
 def strictest(licences: Iterable[Licence]) -> Licence:
     """The most restrictive of one or more licences: what it allows, every one of them allows.
 

@@ -15,9 +15,9 @@ from aplantida_dist.data.dataset import Dataset, Split
 from aplantida_dist.data.index import read_key, read_metadata
 from aplantida_dist.data.manifest import SPLITS
 from aplantida_dist.errors import UserError
+from aplantida_dist.pace import with_pace
 from aplantida_dist.shards.fields import Fields
-from aplantida_dist.shards.licence import UNKNOWN, Licence, Requirement, licence_of
-from aplantida_dist.shards.pace import with_pace
+from aplantida_dist.shards.licence import UNKNOWN, Licence, Requirement, licence_of, stated_licence
 from aplantida_dist.shards.place import Place
 from aplantida_dist.shards.record import LeftOut, Reason
 from aplantida_dist.shards.where import Condition
@@ -144,8 +144,8 @@ class _Candidate:
         path = split.shard_path(self.shard_index)
         key = read_key(self.descriptor, self.entry, shard_path=path)
         place = Place(str(path), int(self.entry["offset"]), int(self.entry["length"]))
-        stated = str(self.metadata.get("license") or "no licence is stated")
-        return LeftOut(f"{split.name}/{key}", class_name, reason, stated if reason == "licence" else "", place)
+        detail = stated_licence(self.metadata) if reason == "licence" else ""
+        return LeftOut(f"{split.name}/{key}", class_name, reason, detail, place)
 
 
 def _select_split(

@@ -15,10 +15,10 @@ from aplantida_dist.data.index import ShardError, read_member, read_metadata, re
 from aplantida_dist.data.manifest import Manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json, sha256_of_file
+from aplantida_dist.pace import with_pace
 from aplantida_dist.shards.account import Account
 from aplantida_dist.shards.claim import claimed
 from aplantida_dist.shards.licence import ANY_LICENCE, Licence, Requirement, count_licences, licence_inside
-from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import placed, require_apart, require_free_place
 from aplantida_dist.shards.report import save_report
 from aplantida_dist.shards.selection import Criteria, SelectedSplit, Selection, SelectionUse, select

@@ -11,9 +11,9 @@ from typing import Any
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
+from aplantida_dist.pace import with_pace
 from aplantida_dist.shards.class_names import class_name_of
 from aplantida_dist.shards.licence import licence_of
-from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.place import Place
 from aplantida_dist.shards.record import LeftOut, Reason, Record
 from aplantida_dist.shards.source import IndexedTar, Source, text_of_name

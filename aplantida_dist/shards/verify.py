@@ -18,10 +18,10 @@ from aplantida_dist.data.manifest import (
     parse_manifest,
 )
 from aplantida_dist.errors import UserError
+from aplantida_dist.pace import with_pace
 from aplantida_dist.shards.claim import find_replaced
 from aplantida_dist.shards.inspection import Damage, ShardFinding, inspect_shard
 from aplantida_dist.shards.licence import Licence, licence_inside, parse_licence
-from aplantida_dist.shards.pace import with_pace
 from aplantida_dist.shards.placement import DATASET_ENTRIES
 from aplantida_dist.shards.view_inspection import inspect_view
 

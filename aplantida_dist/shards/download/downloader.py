@@ -11,13 +11,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from aplantida_dist.pace import LINE_EVERY_S, Pace
 from aplantida_dist.shards.download.failure import Failure
 from aplantida_dist.shards.download.haul import Haul
 from aplantida_dist.shards.download.host import Host
 from aplantida_dist.shards.download.manners import Manners
 from aplantida_dist.shards.download.shelf import Shelf, open_shelf
 from aplantida_dist.shards.download.web import Body, Redirect, Web, host_of
-from aplantida_dist.shards.pace import LINE_EVERY_S, Pace
 
 NO_ADDRESS = Failure("lasting", "no http or https address")
 

@@ -29,7 +29,7 @@ class Ledger:
         self.failures = failures
 
     def remember(self, url: str, failure: Failure) -> None:
-        """Write a lasting failure, synced to disk."""
+        """Write a lasting failure, synced to disk. UserError where that cannot be done."""
         entry = {
             "url": url,
             "status": failure.status,
@@ -37,12 +37,7 @@ class Ledger:
             "detail": failure.detail,
             "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        try:
-            append_line(self.path, canonical_json(entry))
-        except OSError as error:
-            raise LedgerError(
-                f"{self.path}: could not be written: {error.strerror}; make room and run again"
-            ) from error
+        append_line(self.path, canonical_json(entry))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The pace of long work over files: a line on stderr now and then, with the rate and the time left."""
+"""The pace of long work: a line on stderr now and then, with the rate and the time left."""
 
 from __future__ import annotations
 
