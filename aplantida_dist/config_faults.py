@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from aplantida_dist.config import SECTIONS, Config, flat, is_loss
+from aplantida_dist.config import SECTIONS, Config, flat
+from aplantida_dist.config_sections import is_loss
 from aplantida_dist.strict_yaml import show
 
 FIELDS: dict[str, FieldInfo] = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS} | {

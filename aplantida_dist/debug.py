@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from aplantida_dist.config import Change, Config, DistillationSection, changes, flat
+from aplantida_dist.config import Change, Config, changes, flat
 from aplantida_dist.config_file import load_config
+from aplantida_dist.config_sections import DistillationSection
 from aplantida_dist.strict_yaml import show
 
 LARGEST = 8

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aplantida_dist.command import CommandParser, count, run_command
-from aplantida_dist.config import DataSection
+from aplantida_dist.config_sections import DataSection
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.data.index import read_key
 from aplantida_dist.data.plan import Coordinates, TrainPlan

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "aplantida_dist"
 LAYERS = [
     ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "data.frequency"],
     ["files", "command", "world", "yaml_words", "data.decode", "objective"],
-    ["strict_yaml"],
+    ["strict_yaml", "config_sections"],
     [
         "config",
         "history",
