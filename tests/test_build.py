@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 from pictures import build, digests_of, draw, fill, put
 
+from aplantida_dist import pace
 from aplantida_dist.data.classmap import ClassMap, load_class_map
 from aplantida_dist.data.index import read_index, read_member
 from aplantida_dist.data.manifest import load_manifest
 from aplantida_dist.errors import UserError
 from aplantida_dist.pace import with_pace
-from aplantida_dist.shards import pace
 from aplantida_dist.shards.account import Account
 from aplantida_dist.shards.audit import Candidate, Picture, audit_picture, sample_key_of
 from aplantida_dist.shards.builder import BuildError, read_samples
