@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aplantida_dist.checkpoint import POSITION_FILE, Checkpoint, CheckpointError, load_checkpoint
+from aplantida_dist.checkpoint import POSITION_FILE, Checkpoint, CheckpointError, Weights, load_checkpoint
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import sha256_of_file
@@ -37,19 +37,23 @@ class Ancestor:
     lineage: Lineage
 
 
-def open_ancestor(path: Path) -> Ancestor:
+def open_ancestor(path: Path, *, weights: Weights = "raw") -> Ancestor:
     """Read what model.init_from names: a run folder (its best checkpoint), a checkpoint's folder, or the first trainer's .pt.
 
-    Raises InitError, CheckpointError, ClassMapError.
+    `weights` says which of a checkpoint's two sets; a .pt has one. Raises InitError, CheckpointError, ClassMapError.
     """
     try:
         if path.is_file():
+            if weights == "ema":
+                raise InitError(
+                    f"model.init_from_ema: {path}: a .pt holds one set of weights, expected a checkpoint with an EMA; set it to false"
+                )
             return _open_pt(path)
         checkpoint = checkpoint_at(path)
         if checkpoint is not None:
             return Ancestor(
                 Descent(str(checkpoint.path), checkpoint.digest),
-                checkpoint.model_state(),
+                checkpoint.model_state(weights),
                 class_map_of(checkpoint),
                 checkpoint.lineage(),
             )

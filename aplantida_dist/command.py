@@ -37,13 +37,26 @@ def count(text: str) -> int:
 
 def positive(text: str) -> float:
     """Read a finite number above 0 from the command line."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0.0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0")
     return value
+
+
+def share(text: str) -> float:
+    """Read a number from 0 to 1 from the command line."""
+    value = _number(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number from 0 to 1")
+    return value
+
+
+def _number(text: str) -> float:
+    """The number that a text states; NaN, which fits no bounds, where it states none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:

@@ -12,7 +12,7 @@ from torch import nn
 
 from aplantida_dist import __version__
 from aplantida_dist.ancestor import open_ancestor
-from aplantida_dist.checkpoint import Checkpoint, load_model_state, unpack_optimizer
+from aplantida_dist.checkpoint import Checkpoint, Weights, load_model_state, unpack_optimizer
 from aplantida_dist.config import Config
 from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.dataset import Split, open_dataset
@@ -36,6 +36,7 @@ from aplantida_dist.recipe import (
     normalize_of,
     objective_of,
     optimizer_of,
+    plan_of,
     reading_of,
     schedule_of,
     soft_targets_of,
@@ -212,24 +213,20 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
             law_defaults=config.law_defaults(),
         )
     # A checkpoint brings all weights, so those of timm's hub are not fetched a second time.
-    pretrained, init_from, beginning = config.model.pretrained and checkpoint is None, config.model.init_from, None
+    pretrained, beginning = config.model.pretrained and checkpoint is None, None
+    init_from = config.model.init_from
+    init_weights: Weights = "ema" if init_from is not None and config.model.init_from_ema else "raw"
     model = model_of(config, num_classes=dataset.class_map.num_classes, pretrained=pretrained)
     if checkpoint is not None:
         load_model_state(model, checkpoint)
         digests |= {name: told for name, told in checkpoint.position.digests.items() if name == "init_from"}
     elif init_from is not None:
-        beginning = begin_with(model, open_ancestor(Path(init_from)), class_map=dataset.class_map)
+        beginning = begin_with(model, open_ancestor(Path(init_from), weights=init_weights), class_map=dataset.class_map)
         digests["init_from"] = beginning.descent.digest
     if config.model.sync_batchnorm:
         model = synchronize_batchnorm(model, device=world.device)
     freeze(model, config.model.freeze)
-    plan = TrainPlan(
-        shard_sizes=train_split.shard_sizes,
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=decided(config.train.micro_batch_size),
-        block_samples=config.data.block_samples,
-    )
+    plan = plan_of(config, train_split)
     train_counts = tuple(train_split.counts_of_classes(dataset.class_map.num_classes))
     return _Ground(
         class_map=dataset.class_map,

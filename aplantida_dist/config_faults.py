@@ -130,6 +130,7 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("loss.focal_gamma", "loss.logit_adjustment"):
         if known("loss.kind", name) and values["loss.kind"] == "binary_cross_entropy" and values[name]:
             yield name, "0 where loss.kind is binary_cross_entropy: it speaks of softmax probabilities"
+    yield from _sampling_relations(values)
     teachers, weights = "distillation.teachers", "distillation.teacher_weights"
     if known(teachers, weights) and values[teachers] and len(values[weights]) not in (0, len(values[teachers])):
         yield weights, f"one number for each of the {len(values[teachers])} of {teachers}, or none"
@@ -162,6 +163,17 @@ def _metric_relations(values: Mapping[str, Any], *, metric: str, mode: str) -> I
         yield metric, "a metric of train or val where ema.decay is null"
     if {metric, mode} <= values.keys() and (values[mode] == "min") != is_loss(values[metric]):
         yield mode, f"{'max' if values[mode] == 'min' else 'min'} for {metric} {values[metric]}"
+
+
+def _sampling_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Sampling evens the classes out; what does so by their train counts would do it a second time."""
+    exponent = "data.sampling_exponent"
+    for name, off in (("loss.logit_adjustment", 0.0), ("loss.class_weights", None)):
+        if {exponent, name} <= values.keys() and values[exponent] < 1.0 and values[name] != off:
+            yield (
+                name,
+                f"{show(off)} where {exponent} is below 1: both even out the classes, by counts that hold for one alone",
+            )
 
 
 _ALPHAS = ("mixing.mixup_alpha", "mixing.cutmix_alpha")

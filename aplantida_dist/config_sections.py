@@ -99,6 +99,12 @@ class DataSection(Section):
     """Probability that a training picture is mirrored, in [0, 1]. Source: ImageNet practice."""
     random_erasing: Share = 0.0
     """Probability that a rectangle of a training picture becomes random pixels, in [0, 1]. Source: Zhong et al. 2017."""
+    sampling_exponent: Share = 1.0
+    """q of n^q, by which the share of a class with n train samples in an epoch goes, in [0, 1]; an epoch stays as long as it was.
+
+    1 shows every sample once; 0 every class alike (class-balanced), so that those of rare classes are repeated and of common
+    ones a part is left to the next epochs; 0.5 lies between (square-root). Source: Kang et al. 2020; Mahajan et al. 2018.
+    """
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Processes a rank that read and decode; 0 does it in the rank's own. Changes the speed and nothing else."""
     prefetch_micro_batches: Count = 4
@@ -119,6 +125,8 @@ class ModelSection(Section):
 
     The head is carried over by class name. A resumed run has its own weights: it does not read this again, nor needs it to be there.
     """
+    init_from_ema: bool = False
+    """Whether the checkpoint's EMA is what to begin with; it is an error where its run kept none. Read beside init_from alone."""
     kwargs: Arguments = {}
     """Further arguments of `timm.create_model`, such as drop_path_rate. Image size and number of classes come by themselves."""
     freeze: Annotated[tuple[Text, ...], Field(strict=False)] = ()
@@ -219,6 +227,8 @@ class DistillationSection(Section):
     """
     teacher_weights: Annotated[tuple[Ratio, ...], Field(strict=False)] = ()
     """How much each teacher counts beside the others, one number above 0 for each; empty counts them alike."""
+    teacher_ema: bool = False
+    """Whether the teachers are their checkpoints' EMA; it is an error where a teacher's run kept none."""
     temperature: Ratio = 3.0
     """What logits are divided by before the softmax of teacher and student, above 0. Source: the first trainer's T."""
     soft_share: Share = 0.7

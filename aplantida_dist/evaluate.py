@@ -49,7 +49,7 @@ def main() -> None:
     if train_counts is None and world.is_main:
         print(f"{checkpoint.path}: does not tell its train counts, so no class is many, medium or few", flush=True)
     if tau is not None:
-        model = ShiftedLogits(model, world.agree_across_ranks(lambda: _post_hoc_shift(tau, checkpoint)))
+        model = ShiftedLogits(model, world.agree_across_ranks(lambda: _post_hoc_shift(tau, checkpoint, config)))
     with ExitStack() as files:
         evaluation = evaluate_across_ranks(
             world.prepare_for_evaluation(model),
@@ -87,8 +87,13 @@ def _open(arguments: argparse.Namespace, config: Config) -> tuple[nn.Module, Che
     return model, checkpoint, split, class_map.num_classes
 
 
-def _post_hoc_shift(tau: float, checkpoint: Checkpoint) -> Tensor:
+def _post_hoc_shift(tau: float, checkpoint: Checkpoint, config: Config) -> Tensor:
     """−τ · log prior of the train split that the checkpoint learnt from."""
+    if config.data.sampling_exponent < 1.0:
+        raise CheckpointError(
+            f"{checkpoint.path}: its run drew classes with data.sampling_exponent {config.data.sampling_exponent:g}, so its logits do "
+            "not follow the classes' shares of the train samples; leave --logit-adjustment out"
+        )
     if checkpoint.position.train_counts is None:
         raise CheckpointError(
             f"{checkpoint.path}: does not tell its train counts, which --logit-adjustment needs; it was written by an earlier "

@@ -95,10 +95,12 @@ class TrainMetrics(SplitMetrics):
 
     skipped_steps were left out by the fp16 scaler, whose samples count; nonfinite_steps by `train.on_nonfinite`, whose samples
     are void. Both kinds keep their place in the schedule; each is absent where there was none.
+    `distinct_samples` stands where classes are sampled (data.sampling_exponent): the photographs drawn in the epoch, each counted once.
     `top1_label` stands where pictures were mixed: hits, of top-5 and of classes too, are counted by the label of the larger share.
     """
 
     top1_label: Literal["dominant"] | None = None
+    distinct_samples: int | None = Field(default=None, gt=0)
     images_per_s: float = Field(ge=0.0)
     wait_fraction: float = Field(ge=0.0, le=1.0)
     skipped_steps: int | None = Field(default=None, gt=0)

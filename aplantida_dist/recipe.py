@@ -15,6 +15,7 @@ from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import TrainPlan
+from aplantida_dist.data.sampling import ClassSampling
 from aplantida_dist.data.stream import Reading
 from aplantida_dist.distillation import Distillation, share_classes
 from aplantida_dist.errors import UserError
@@ -31,6 +32,19 @@ from aplantida_dist.soft_targets import SoftTargets, open_soft_targets
 from aplantida_dist.stopping import Stopping
 from aplantida_dist.teachers import Teacher, open_teacher
 from aplantida_dist.world import World
+
+
+def plan_of(config: Config, split: Split) -> TrainPlan:
+    """The plan of training on a split. Where every sample is drawn once, no labels are read."""
+    exponent = config.data.sampling_exponent
+    return TrainPlan(
+        shard_sizes=split.shard_sizes,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=decided(config.train.micro_batch_size),
+        block_samples=config.data.block_samples,
+        sampling=ClassSampling(split.labels, exponent, config.seed) if exponent < 1.0 else None,
+    )
 
 
 def decided(micro_batch_size: int | Literal["auto"]) -> int:
@@ -194,6 +208,7 @@ def teachers_of(config: Config, class_map: ClassMap, train_split: Split) -> tupl
     return tuple(
         open_teacher(
             Path(path),
+            weights="ema" if config.distillation.teacher_ema else "raw",
             weight=weight / sum(weights),
             class_map=class_map,
             train_split=train_split,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aplantida_dist.ancestor import checkpoint_at, class_map_of, what_is_at
-from aplantida_dist.checkpoint import load_model_state
+from aplantida_dist.checkpoint import Weights, load_model_state
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap
@@ -75,11 +75,17 @@ class Teachers:
 
 
 def open_teacher(
-    path: Path, *, weight: float, class_map: ClassMap, train_split: Split, build: Callable[[Config, int], nn.Module]
+    path: Path,
+    *,
+    weights: Weights,
+    weight: float,
+    class_map: ClassMap,
+    train_split: Split,
+    build: Callable[[Config, int], nn.Module],
 ) -> Teacher:
     """Read a teacher from a run folder (its best checkpoint) or a folder below its checkpoints/, for a student of these classes.
 
-    `build` makes the model of a config for so many classes; it gets the config and the number of the teacher's own run.
+    `weights` says which of the checkpoint's two sets. `build` makes the model of a config for so many classes; it gets the config and the number of the teacher's own run.
     Raises TeacherError.
     """
     try:
@@ -92,7 +98,7 @@ def open_teacher(
             raise TeacherError(f"{run_dir / CLASSES_FILE} is missing; name a checkpoint below the folder of its run")
         config = load_config(run_dir / CONFIG_FILE)
         model = build(config, own_map.num_classes)
-        load_model_state(model, checkpoint)
+        load_model_state(model, checkpoint, weights)
         coverage = _cover(checkpoint.path, own_map, class_map=class_map, train_split=train_split)
     except UserError as error:
         raise TeacherError(f"distillation.teachers: {error}") from error

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import Coordinates, TrainPlan
+from aplantida_dist.data.sampling import IntArray
 from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
 from aplantida_dist.ema import Ema
 from aplantida_dist.errors import UserError
@@ -245,9 +247,13 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
     epoch = done // job.plan.steps_per_epoch
     so_far = _sum_across_ranks(job, running)
     metrics = compute(so_far.totals)
-    split = job.train_split
+    split, sampling = job.train_split, job.plan.sampling
+    drawn = None if sampling is None else sampling.draw(epoch - 1)
     require_coverage(
-        metrics, split="train", expected_samples=split.num_samples, expected_identities=split.identity_digest
+        metrics,
+        split="train",
+        expected_samples=split.num_samples,
+        expected_identities=_expected_identities(job, drawn),
     )
     speed = {"images_per_s": metrics.num_samples / so_far.train_s, "wait_fraction": so_far.waited_ns / so_far.spent_ns}
     top1_label = {"top1_label": "dominant"} if job.mixing.acts_at(done - 1) else {}
@@ -255,6 +261,7 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
         "skipped_steps": so_far.skipped_steps,
         "nonfinite_steps": so_far.nonfinite_steps,
         "missing_soft_labels": job.missing_soft_labels,
+        "distinct_samples": 0 if drawn is None else len(np.unique(drawn)),
     }
     ledger = {name: count for name, count in ledger.items() if count}
     block = as_split_metrics(metrics, expected_samples=split.num_samples, train_counts=job.train_counts)
@@ -275,6 +282,13 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
             row.require_metric(name)
         except UserError as error:
             raise job.world.told_by_main(error) from None
+
+
+def _expected_identities(job: Job, drawn: IntArray | None) -> str:
+    """Collective where classes are sampled: the main process alone has read who the samples are."""
+    if drawn is None:
+        return job.train_split.identity_digest
+    return job.world.learn_from_main_across_ranks(lambda: job.train_split.identity_digest_of(drawn))
 
 
 def _stops_early(job: Job, done: int) -> bool:

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aplantida_dist.command import CommandParser, count, run_command
+from aplantida_dist.command import CommandParser, count, run_command, share
 from aplantida_dist.config_sections import DataSection
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.data.index import read_key
 from aplantida_dist.data.plan import Coordinates, TrainPlan
+from aplantida_dist.data.sampling import ClassSampling
 from aplantida_dist.errors import UserError
 
 EXAMPLE = """\
@@ -24,12 +25,14 @@ def main() -> None:
     """Print the plan's slots, rank by rank, step by step."""
     arguments = _parse_arguments()
     split = open_dataset(arguments.dataset).open_split(arguments.split)
+    exponent = arguments.sampling_exponent
     plan = TrainPlan(
         shard_sizes=split.shard_sizes,
         seed=arguments.seed,
         global_batch_size=arguments.global_batch_size,
         micro_batch_size=arguments.micro_batch_size,
         block_samples=arguments.block_samples,
+        sampling=None if exponent == 1.0 else ClassSampling(split.labels, exponent, arguments.seed),
     )
     keys = _Keys(split)
     for step in _steps(arguments, plan):
@@ -110,6 +113,13 @@ def _parse_arguments() -> argparse.Namespace:
         type=count,
         default=DataSection.model_fields["block_samples"].default,
         help="the config's data.block_samples (default: the config's default)",
+    )
+    parser.add_argument(
+        "--sampling-exponent",
+        type=share,
+        default=DataSection.model_fields["sampling_exponent"].default,
+        metavar="Q",
+        help="the config's data.sampling_exponent (default: the config's default, every sample once)",
     )
     return parser.parse_args()
 

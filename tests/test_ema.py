@@ -295,3 +295,50 @@ def test_a_leak_has_its_clean_part_too(grounds: Path) -> None:
     del content["val"]
     with pytest.raises(HistoryError, match="val_ema does not stand beside a val of the same samples"):
         make_row(**content)
+
+
+def first_state(config: Path, run_dir: Path, *overrides: str) -> dict[str, Any]:
+    """The weights with which a run begins."""
+    return copies(compose(config, run_dir, overrides).job.model.state_dict())
+
+
+def test_a_run_begins_with_the_average_of_another_where_it_says_so(
+    grounds: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    """The tensors of ema.safetensors, bit for bit; without the key those of model.safetensors; none is refused, and so is a .pt."""
+    config, ancestor = make_config(tmp_path, dataset_dir), f"model.init_from={grounds / 'on'}"
+    step = int(json.loads((grounds / "on/checkpoints/best.json").read_text())["checkpoint"].removeprefix("step_"))
+    for name, overrides in (("ema", ["model.init_from_ema=true"]), ("model", [])):
+        begun = first_state(config, tmp_path / name, ancestor, *overrides)
+        stored = state_of(grounds / "on", step, f"{name}.safetensors")
+        assert [key for key in stored if not np.array_equal(stored[key], begun[key])] == []
+    torch.save({"model_state_dict": {"w": torch.zeros(1)}}, tmp_path / "old.pt")
+    for overrides, told in (
+        ([f"model.init_from={grounds / 'off'}", "model.init_from_ema=true"], "holds no EMA"),
+        ([f"model.init_from={tmp_path / 'old.pt'}", "model.init_from_ema=true"], "a .pt holds one set of weights"),
+        (["model.init_from_ema=true"], "model.init_from_ema: is set to true, but nothing reads it"),
+    ):
+        arguments = ["--config", config, "--run-dir", tmp_path / "none", *overrides]
+        (refused,) = command_on_ranks(1, "aplantida_dist.train", arguments, tmp_path)
+        assert (refused.code, refused.stderr.count("\n")) == (2, 1)
+        assert told in refused.stderr
+
+
+def test_a_teacher_is_its_average_where_the_student_says_so(grounds: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    """Its logits of a picture are those of the EMA's weights; a teacher without one is refused."""
+    config = make_config(tmp_path, dataset_dir)
+    pictures = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    checkpoints = grounds / "on/checkpoints"
+    best = load_checkpoint(checkpoints / json.loads((checkpoints / "best.json").read_text())["checkpoint"])
+    taught = f"distillation.teachers=[{grounds / 'on'}]"
+    for weights, overrides in (("ema", ["distillation.teacher_ema=true"]), ("raw", [])):
+        job = compose(config, tmp_path / weights, [taught, *overrides]).job
+        (logits,) = job.teachers.look_at(pictures)
+        model = job.world.unwrap(job.model)
+        model.load_state_dict(best.model_state(weights))
+        with torch.no_grad():
+            assert torch.equal(logits, model.eval()(job.normalize(pictures)))
+    arguments = ["--config", config, "--run-dir", tmp_path / "none", f"distillation.teachers=[{grounds / 'off'}]"]
+    (refused,) = command_on_ranks(1, "aplantida_dist.train", [*arguments, "distillation.teacher_ema=true"], tmp_path)
+    assert (refused.code, refused.stderr.count("\n")) == (2, 1)
+    assert "holds no EMA" in refused.stderr

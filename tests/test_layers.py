@@ -14,7 +14,7 @@ PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
     ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "data.frequency"],
-    ["files", "command", "world", "yaml_words", "data.decode", "objective"],
+    ["files", "command", "world", "yaml_words", "data.decode", "data.sampling", "objective"],
     ["strict_yaml", "config_sections"],
     [
         "config",

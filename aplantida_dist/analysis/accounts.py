@@ -25,7 +25,8 @@ def coverage(curves: Curves) -> Verdict | None:
     if not curves.rows:
         return None
     for split, metrics in _evaluated(curves.rows).items():
-        full = [(row, m) for row, m in metrics if m.void_samples == 0]
+        # Where classes are sampled, each epoch draws others.
+        full = [(row, m) for row, m in metrics if m.void_samples == 0 and not getattr(m, "distinct_samples", None)]
         for row, m in full[1:]:
             if m.identity_digest != full[0][1].identity_digest and _manifest(row, split) == _manifest(
                 full[0][0], split

@@ -23,7 +23,7 @@ from aplantida_dist.data.manifest import (
     identity_of,
     load_manifest,
 )
-from aplantida_dist.data.plan import IntArray
+from aplantida_dist.data.sampling import IntArray
 
 KEY_READERS = 8
 """Threads that read keys: from a cold disk one takes 200 µs a key, of which 80 are work (30 once the shards are cached)."""
@@ -95,13 +95,18 @@ class Split:
         """Samples of each class index: as the manifest counts them or, of a limited split, the indexes of its shards."""
         if not self.is_limited:
             return self.manifest.counts_of_classes(num_classes)
-        labels = [self.read_index(i)["label"][:size] for i, size in enumerate(self.shard_sizes) if size]
-        counts: list[int] = np.bincount(np.concatenate(labels), minlength=num_classes).tolist()
+        counts: list[int] = np.bincount(self.labels, minlength=num_classes).tolist()
         return counts
 
     @property
     def is_limited(self) -> bool:
         return self.num_samples < self.manifest.num_samples
+
+    @cached_property
+    def labels(self) -> IntArray:
+        """int64 [num_samples], the class index of each sample in the stored order, from the indexes of the shards."""
+        parts = [self.read_index(i)["label"][:size] for i, size in enumerate(self.shard_sizes) if size]
+        return np.concatenate(parts).astype(np.int64)
 
     @cached_property
     def identity_digest(self) -> str:
@@ -123,6 +128,10 @@ class Split:
                 f"{self.manifest.identity_digest}; {REMEDY}"
             )
         return identities
+
+    def identity_digest_of(self, places: IntArray) -> str:
+        """What the sum of the identities of these samples must be, each as often as it is named; int64 places in the stored order."""
+        return _digest_of(self.identities[places])
 
     def shard_path(self, shard_index: int) -> Path:
         """The local path of this shard's tar. The one seam through which a remote dataset will come, by way of a cache."""

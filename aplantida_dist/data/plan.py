@@ -9,10 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aplantida_dist.data.sampling import ClassSampling, IntArray
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
-
-IntArray = NDArray[np.int64]
 
 
 class PlanError(UserError):
@@ -32,24 +31,31 @@ class MicroBatch:
     """The samples of one slot, in order; every array has one entry a sample, padding included.
 
     sample_indices: int64, the place in the manifest's order (0 … num_samples − 1). shard_indices and member_indices: int64,
-    the shard and the place within it. weights: float32, 1 for a sample, 0 for padding (a real sample of the same step
-    that is repeated, because pictures of zeros would pollute BatchNorm).
+    the shard and the place within it. repeats: int64, which of its showings in the epoch this one is, from 0 (and
+    always 0 unless classes are sampled). weights: float32, 1 for a sample, 0 for
+    padding (a real sample of the same step that is repeated, because pictures of zeros would pollute BatchNorm).
     """
 
     sample_indices: IntArray
     shard_indices: IntArray
     member_indices: IntArray
+    repeats: IntArray
     weights: NDArray[np.float32]
+
+    def showing(self, i: int) -> tuple[int, ...]:
+        """What tells this showing of sample i from all others of the epoch: its place and, where it is a repeat, which one."""
+        sample_index, repeat = int(self.sample_indices[i]), int(self.repeats[i])
+        return (sample_index, repeat) if repeat else (sample_index,)
 
 
 @dataclass(frozen=True, eq=False)
 class TrainPlan:
     """The shuffled order of training.
 
-    In an epoch every sample stands in exactly one slot with weight 1. Shards are permuted by a key of (seed, epoch); their
-    concatenation is cut into blocks of `block_samples`, each permuted by its own key. A step is `global_batch_size`
-    samples in `slots_per_step` slots of `micro_batch_size`; the last step of an epoch may hold fewer. Nothing here knows
-    of ranks but `slots_of`.
+    In an epoch every sample stands in exactly one slot with weight 1; where there is a `sampling`, as often as its draw says.
+    Shards are permuted by a key of (seed, epoch); their concatenation is cut into blocks of `block_samples`, each permuted by
+    its own key. A step is `global_batch_size` samples in `slots_per_step` slots of `micro_batch_size`; the last step of an
+    epoch may hold fewer. Nothing here knows of ranks but `slots_of`.
 
     shard_sizes: int64 [shards], the samples of each shard in the manifest's order; zeros are allowed.
     """
@@ -59,6 +65,7 @@ class TrainPlan:
     global_batch_size: int
     micro_batch_size: int
     block_samples: int
+    sampling: ClassSampling | None = None
 
     def __post_init__(self) -> None:
         if self.num_samples == 0:
@@ -144,28 +151,39 @@ class StoredPlan:
         """The samples of slot `at.slot`; epoch and step do not matter."""
         places = at.slot * self.micro_batch_size + np.arange(self.micro_batch_size, dtype=np.int64)
         starts = _starts(self.shard_sizes)
-        stored = ShardOrder(np.arange(len(self.shard_sizes), dtype=np.int64), starts, starts)
+        stored = ShardOrder(np.arange(len(self.shard_sizes), dtype=np.int64), starts, starts, None, starts)
         return _locate(places % self.num_samples, stored, places < self.num_samples)
 
 
 @dataclass(frozen=True)
 class ShardOrder:
-    """An order of the shards: their permutation, where each begins in that order, and where each begins in the manifest."""
+    """An order of the shards: their permutation, where each begins in that order, and where each begins in the manifest.
+
+    Under a sampling a shard is as long as what is drawn of it; `drawn` is the epoch's draw, and drawn_starts says where in it
+    each shard begins.
+    """
 
     permutation: IntArray
     starts: IntArray
     manifest_starts: IntArray
+    drawn: IntArray | None
+    drawn_starts: IntArray
 
 
 def _locate(places: IntArray, order: ShardOrder, real: NDArray[np.bool_]) -> MicroBatch:
     """Turn places in the concatenation of ordered shards into (shard, member). Empty shards hold no place."""
     ordinal = np.searchsorted(order.starts, places, side="right") - 1
     shard_indices = order.permutation[ordinal]
-    member_indices = places - order.starts[ordinal]
+    sample_indices = order.drawn_starts[shard_indices] + places - order.starts[ordinal]
+    repeats = np.zeros_like(sample_indices)
+    if order.drawn is not None:
+        drawn_at, sample_indices = sample_indices, order.drawn[sample_indices]
+        repeats = drawn_at - np.searchsorted(order.drawn, sample_indices, side="left")
     return MicroBatch(
-        sample_indices=order.manifest_starts[shard_indices] + member_indices,
+        sample_indices=sample_indices,
         shard_indices=shard_indices,
-        member_indices=member_indices,
+        member_indices=sample_indices - order.manifest_starts[shard_indices],
+        repeats=repeats,
         weights=real.astype(np.float32),
     )
 
@@ -189,7 +207,13 @@ def _keyed_permutation(length: int, key: int) -> IntArray:
 @lru_cache(maxsize=4)
 def _shard_order(plan: TrainPlan, epoch: int) -> ShardOrder:
     permutation = _keyed_permutation(len(plan.shard_sizes), derive(plan.seed, "shards", epoch))
-    return ShardOrder(permutation, _starts(plan.shard_sizes[permutation]), _starts(plan.shard_sizes))
+    manifest_starts = drawn_starts = _starts(plan.shard_sizes)
+    sizes, drawn = plan.shard_sizes, None
+    if plan.sampling is not None:
+        drawn = plan.sampling.draw(epoch)
+        bounds = np.searchsorted(drawn, [*manifest_starts, plan.num_samples])
+        drawn_starts, sizes = bounds[:-1], np.diff(bounds)
+    return ShardOrder(permutation, _starts(sizes[permutation]), manifest_starts, drawn, drawn_starts)
 
 
 @lru_cache(maxsize=4)

@@ -103,7 +103,7 @@ class MicroBatches(Dataset[Batch]):
         failure = None
         try:
             for i, (shard_index, member_index) in enumerate(places):
-                augment_seed = derive(self.seed, "augment", at.epoch, int(micro_batch.sample_indices[i]))
+                augment_seed = derive(self.seed, "augment", at.epoch, *micro_batch.showing(i))
                 samples.append(self._read(shard_index, member_index, augment_seed, into=pixels[i]))
         except UserError as error:
             failure = str(error)
