@@ -6,11 +6,12 @@ READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test laws lint bench clean
 
 help:
 	@echo "make demo    draw pictures, build shards, train on two processes, evaluate, plot (5 minutes after the install)"
 	@echo "make test    install and run the tests"
+	@echo "make laws    the laws with every switch of the config on (a quarter of an hour)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   our speed beside our peers', in one run"
 	@echo "make clean   delete the environment and what the demo made"
@@ -27,6 +28,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+laws: $(READY)
+	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 8
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -119,7 +119,11 @@ class ModelSection(Section):
     name: Text
     """Name of the model in timm (`timm.list_models()`)."""
     pretrained: bool = False
-    """Whether to begin with timm's pretrained weights; the head is new whenever the classes are. Not beside init_from."""
+    """Whether to begin with timm's pretrained weights; the head is new whenever the classes are. Not beside init_from.
+
+    They come from timm's hub or, of a model named `local-dir:FOLDER`, from that folder."""
+    pretrained_file: Text | None = None
+    """A file of pretrained weights of this model, .safetensors or .pth, that timm reads instead of its hub's; beside pretrained alone."""
     init_from: Text | None = None
     """What to begin with instead: a run folder (its best checkpoint), a folder below its checkpoints/, or a .pt with `model_state_dict`.
 

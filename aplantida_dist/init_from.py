@@ -13,11 +13,9 @@ from aplantida_dist.ancestor import Ancestor, InitError
 from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.files import write_json
 from aplantida_dist.lineage import Descent, Lineage
-from aplantida_dist.model import head_names, resized_position_embedding
+from aplantida_dist.model import MIN_SHARE, head_names, resized_position_embedding
 
 INIT_FROM_FILE = "init_from.json"
-MIN_SHARE = 0.9
-"""Share of the backbone's parameters that the ancestor must give; below it the two are different models."""
 NAMES_TOLD = 4
 
 

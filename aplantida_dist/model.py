@@ -6,7 +6,9 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, cast
 
 import timm
 import torch
@@ -18,6 +20,10 @@ from torch import Tensor, nn
 from aplantida_dist.data.images import Interpolation
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
+
+MIN_SHARE = 0.9
+"""Share of the backbone's parameters that pretrained weights, or an ancestor, must give; below it the two are different models."""
+REASON_CHARACTERS = 300
 
 
 class ModelError(UserError):
@@ -35,22 +41,52 @@ class PixelConvention:
 
 
 def build_model(
-    name: str, *, num_classes: int, image_size: int, pretrained: bool, kwargs: Mapping[str, Any], seed: int
+    name: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    pretrained: bool,
+    pretrained_file: str | None = None,
+    kwargs: Mapping[str, Any],
+    seed: int,
 ) -> nn.Module:
     """Make a timm model; the same seed gives the same initial weights on every rank.
 
-    Models that are built for one input size are built for `image_size`. Pretrained weights come by timm's own loading.
+    Models that are built for one input size are built for `image_size`. Pretrained weights come by timm's own loading, from
+    `pretrained_file` where there is one; ModelError where they give less than MIN_SHARE of the backbone.
     """
-    torch.manual_seed(derive(seed, "init"))
+    if pretrained_file is not None and not Path(pretrained_file).is_file():
+        raise ModelError(f"model.pretrained_file: {pretrained_file}: no file is here; name one of weights for {name!r}")
+
+    def make(**how: Any) -> nn.Module:
+        torch.manual_seed(derive(seed, "init"))
+        arguments = resolve_model_input_args(name, {"img_size": image_size}, **kwargs) | {"num_classes": num_classes}
+        return cast(nn.Module, timm.create_model(**arguments, **how))
+
     try:
-        arguments = resolve_model_input_args(name, {"img_size": image_size}, **kwargs)
-        arguments["num_classes"] = num_classes
-        model: nn.Module = timm.create_model(pretrained=pretrained, **arguments)
+        if not pretrained:
+            return make()
+        overlay = None if pretrained_file is None else {"file": pretrained_file}
+        model = make(pretrained=True, pretrained_cfg_overlay=overlay)
+        share = _share_that_differs(model, make())
     except Exception as error:
         # timm raises whatever its model constructors raise: RuntimeError for an unknown name, TypeError for a wrong
         # argument, OSError and its hub's own errors for weights that cannot be fetched.
-        raise ModelError(_advice(name, error, pretrained=pretrained)) from error
+        raise ModelError(_advice(name, error, pretrained=pretrained, pretrained_file=pretrained_file)) from error
+    if share < MIN_SHARE:
+        raise ModelError(
+            f"model {name!r}: the pretrained weights of {pretrained_file or 'timm'} give {100 * share:.1f} % of the backbone's "
+            f"parameters, expected at least {100 * MIN_SHARE:.0f} %: timm leaves out what does not fit; name weights of this model"
+        )
     return model
+
+
+def _share_that_differs(model: nn.Module, initial: nn.Module) -> float:
+    """The share of the backbone's parameters in tensors that are not as they were initialised."""
+    initials, heads = dict(initial.named_parameters()), head_names(model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if name not in heads}
+    loaded = [name for name in sizes if not torch.equal(model.get_parameter(name), initials[name])]
+    return sum(sizes[name] for name in loaded) / sum(sizes.values())
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
@@ -104,14 +140,17 @@ class Normalize(nn.Module):
         )
 
 
-def _advice(name: str, error: Exception, *, pretrained: bool) -> str:
+def _advice(name: str, error: Exception, *, pretrained: bool, pretrained_file: str | None) -> str:
     """Say what to do about a model that timm would not make."""
-    reason = " ".join(str(error).split())
+    # torch names every tensor that does not fit.
+    reason = shorten(str(error), REASON_CHARACTERS, placeholder=" …")
     if "nknown model" in reason:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names them all"
         return f"model.name: timm {timm.__version__} knows no model {name!r}; {hint}"
     remedy = "check model.kwargs and data.image_size"
-    if pretrained:
+    if pretrained_file is not None:
+        remedy += f"; {pretrained_file} must hold weights of this very model"
+    elif pretrained:
         remedy += "; where its pretrained weights cannot be fetched, put them in the hub's cache or set model.pretrained=false"
     return f"model {name!r} cannot be made: {type(error).__name__}: {reason}; {remedy}"

@@ -62,11 +62,13 @@ def reading_of(config: Config, world: World) -> Reading:
 def model_of(config: Config, *, num_classes: int, pretrained: bool) -> nn.Module:
     """The model that a config describes, arranged to compute as it says."""
     settings = config.model
+    pretrained_file = settings.pretrained_file if settings.pretrained else None
     model = build_model(
         config.model.name,
         num_classes=num_classes,
         image_size=config.data.image_size,
         pretrained=pretrained,
+        pretrained_file=pretrained_file if pretrained else None,
         kwargs=config.model.kwargs,
         seed=config.seed,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import command_on_ranks
-from tests.runs import write_config
+from tests.runs import rows_of, write_config
 
 WORLDS = [(world_size, num_workers) for world_size in (1, 2, 3, 4) for num_workers in (0, 1, 3)]
 
@@ -64,6 +64,20 @@ def test_any_number_of_ranks_and_workers_gives_the_same_bits(run: Path, dataset_
     assert metrics["num_samples"] == 69
     for world, outcome in outcomes.items():
         assert outcome == (metrics, predictions), world
+
+
+@pytest.mark.parametrize(("every", "evaluated"), [(1, [1, 2, 3]), (2, [2]), (3, [3])])
+def test_a_row_holds_an_evaluation_where_one_is_due(
+    dataset_dir: Path, tmp_path: Path, every: int, evaluated: list[int]
+) -> None:
+    """evaluation.every_epochs: every so many epochs and no other."""
+    config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=3)
+    arguments = ["--config", config, "--run-dir", tmp_path / "run", f"evaluation.every_epochs={every}"]
+    (finished,) = command_on_ranks(1, "aplantida_dist.train", arguments, tmp_path)
+    assert finished.code == 0, finished.stderr
+    rows = rows_of(tmp_path / "run")
+    assert [row["epoch"] for row in rows if "val" in row] == evaluated
+    assert len(rows) == 3
 
 
 @pytest.mark.parametrize("split", ["val", "test", "train"])

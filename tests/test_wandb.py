@@ -71,6 +71,22 @@ def test_offline_runs_show_the_rows_of_the_history(dataset_dir: Path, tmp_path: 
     assert kept == {"config.yaml", "classes.json", "history.jsonl", "training_history.json"}
 
 
+def test_a_run_is_found_by_project_name_and_tags(dataset_dir: Path, tmp_path: Path) -> None:
+    """As the config says; without a name it has the run folder's."""
+    config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=1)
+    offline = ["report.wandb=offline"]
+    train(config, tmp_path / "plain", tmp_path, *offline)
+    train(
+        config, tmp_path / "told", tmp_path, *offline, "report.project=herb", "report.name=Rosa", "report.tags=[a, b]"
+    )
+    told = []
+    for name in ("plain", "told"):
+        (records,) = runs_of(tmp_path / name)
+        run = next(record["run"] for record in records if record["type"] == "run")
+        told.append((run["project"], run["display_name"], run.get("tags", [])))
+    assert told == [("aplantida", "plain", []), ("herb", "Rosa", ["a", "b"])]
+
+
 def test_disabled_leaves_no_trace(dataset_dir: Path, tmp_path: Path) -> None:
     """No folder, no file."""
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=1)
