@@ -63,7 +63,7 @@ class TimmTraining:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step_update(num_updates=step + 1)
-        return float(result["loss"])
+        return float(result["loss"].detach())
 
 
 def make_timm_training(recipe: Recipe, *, num_classes: int, steps_per_epoch: int, seed: int) -> TimmTraining:
@@ -114,7 +114,7 @@ def open_timm_loader(split: Split, training: TimmTraining, *, is_training: bool,
     names = "::".join(shard.name for shard in split.manifest.shards)
     dataset = create_dataset(
         "wds/",
-        root=str(split.shard_path(0).parent),
+        root=str(split.split_dir),
         split=f"{names}|{split.num_samples}",
         is_training=is_training,
         batch_size=recipe.batch_size,
