@@ -162,9 +162,7 @@ def write_config(path: Path, recipe: Recipe, dataset_dir: Path, *, seed: int) ->
 def train_with_ours(recipe: Recipe, dataset_dir: Path, *, run_dir: Path, seed: int) -> list[Epoch]:
     """Train by the command, as a user does, and read the run's history."""
     config_path = write_config(run_dir.with_suffix(".yaml"), recipe, dataset_dir, seed=seed)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "aplantida_dist.train"]
-    command = [*launch, "--config", str(config_path), "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", "aplantida_dist.train", "--config", str(config_path), "--run-dir", str(run_dir)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     return [Epoch(row.train.loss, row.val.loss, row.val.top1) for row in History(run_dir).rows if row.val is not None]
