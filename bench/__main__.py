@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from aplantida_dist.command import CommandParser, count, run_command
-from aplantida_dist.world import open_world
+from aplantida_dist.world import World, open_world
 from bench.audit import bench_audit
 from bench.build import bench_build
 from bench.finding import Finding
@@ -18,13 +18,14 @@ from bench.index import bench_index
 from bench.loader import bench_loader
 from bench.loop import bench_loop
 from bench.memory import bench_memory
+from bench.parity import bench_parity
 from bench.pictures import Pictures, prepare_pictures
 from bench.plan import bench_plan
 from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
 PARTS = ("loader", "loop", "totals", "plan", "index", "audit", "build")
-SLOW_PARTS = ("memory",)
+SLOW_PARTS = ("memory", "parity")
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
 EXAMPLE = """\
@@ -36,6 +37,8 @@ peer's, the median over the repeats. Every loader delivers the same pictures as 
 224 px with the same crop, flip and number of workers, from the page cache; ours ships uint8 and normalises in the main
 process, the peers in their workers. The index is of their shards, as if they were tars of others. Building is without its audit, from files in the page cache, in wall time: ours
 digests, indexes and syncs what it writes; the peers do none of it, and are measured with a sync and `tar` also without.
+The loop has mixup, clipping and EMA on both sides. Parity is no speed: it trains with ours and with timm's task, loader,
+optimizer and schedule on the same shards, and tells how far apart they come out.
 The first run draws the pictures (about a minute) and keeps them in bench/.cache.
 """
 
@@ -59,14 +62,20 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
         case "build":
             return bench_build(_pictures(options).folder, cache_dir=CACHE_DIR, repeats=options.repeats)
         case "loop":
-            os.environ["ACCELERATE_USE_CPU"] = "true"  # it would take a GPU where there is one
-            return bench_loop(world=open_world(precision="fp32", timeout_s=60), repeats=options.repeats)
+            return bench_loop(world=_open_world(), repeats=options.repeats)
         case "memory":
             return bench_memory(CACHE_DIR, num_records=options.records)
+        case "parity":
+            return bench_parity(CACHE_DIR, world=_open_world(), num_seeds=options.seeds)
         case "totals":
             return bench_totals(repeats=options.repeats)
         case _:
             return bench_plan(repeats=options.repeats)
+
+
+def _open_world() -> World:
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # it would take a GPU where there is one
+    return open_world(precision="fp32", timeout_s=60)
 
 
 def _pictures(options: argparse.Namespace) -> Pictures:
@@ -85,7 +94,7 @@ def _parser() -> CommandParser:
         "--only",
         action="append",
         choices=PARTS + SLOW_PARTS,
-        help="run this part; give it again for another (default: all but memory)",
+        help="run this part; give it again for another (default: all but memory and parity)",
     )
     parser.add_argument(
         "--repeats", type=count, default=5, help="how often each is measured, or a multiple of it (default %(default)s)"
@@ -96,6 +105,9 @@ def _parser() -> CommandParser:
         type=count,
         default=100_000,
         help="how many records memory builds, 2 at least (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=count, default=5, help="how many seeds parity trains, 2 at least (default %(default)s)"
     )
     return parser
 

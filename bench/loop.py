@@ -1,4 +1,4 @@
-"""Our training loop beside a bare PyTorch loop: the same model, optimizer, resident batches and clipping, no loader."""
+"""Our training loop beside a bare PyTorch loop of the same parts: model, mixup, optimizer, clipping, EMA; batches are resident, there is no loader."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from aplantida_dist.data.dataset import Split
@@ -18,9 +21,10 @@ from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.manifest import make_manifest
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.stream import Batch, Reading
+from aplantida_dist.ema import build_ema
 from aplantida_dist.freezing import make_freezing
 from aplantida_dist.metrics import Totals, compute
-from aplantida_dist.mixing import Unmixed
+from aplantida_dist.mixing import MixupCutmix
 from aplantida_dist.model import Normalize, build_model, pixel_convention
 from aplantida_dist.nonfinite import NonFinitePolicy
 from aplantida_dist.objective import CrossEntropy
@@ -35,6 +39,8 @@ from bench.finding import Finding, Goal, compare, cpu_ms_of, interleave
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 1.0
+MIXUP_ALPHA = 0.8
+EMA_DECAY = 0.999
 NUM_BATCHES = 4
 STEPS_A_BLOCK = 10
 """As many as the config's default `train.log_every_steps`, so that each block computes the totals once."""
@@ -73,21 +79,26 @@ class OurLoop:
 
 @dataclass(frozen=True)
 class BareLoop:
-    """The loop that one writes first: forward, loss, backward, clip, update. It counts nothing and logs nothing."""
+    """The loop that one writes first, of timm's parts: mixup, forward, loss, backward, clip, update, EMA. It counts nothing and logs nothing."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     normalize: nn.Module
+    mixup: Mixup
+    criterion: nn.Module
+    ema: ModelEmaV3
     batches: Iterator[Batch]
+    steps: Iterator[int]
 
     def step(self) -> None:
         batch = next(self.batches)
-        logits = self.model(self.normalize(batch.images))
-        loss = nn.functional.cross_entropy(logits, batch.labels)
+        images, targets = self.mixup(self.normalize(batch.images), batch.labels)
+        loss = self.criterion(self.model(images), targets)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.ema.update(self.model, step=next(self.steps) + 1)
 
 
 def make_loops(load: Load, *, world: World) -> tuple[OurLoop, BareLoop]:
@@ -105,10 +116,18 @@ def make_loops(load: Load, *, world: World) -> tuple[OurLoop, BareLoop]:
     twin = copy.deepcopy(model)
     bare_optimizer = _optimizer(twin)
     normalize = Normalize(pixel_convention(model), world.device)
+    bare = BareLoop(
+        model=twin,
+        optimizer=bare_optimizer,
+        normalize=normalize,
+        mixup=Mixup(MIXUP_ALPHA, label_smoothing=0.0, num_classes=load.num_classes),
+        criterion=SoftTargetCrossEntropy(),
+        ema=ModelEmaV3(twin, decay=EMA_DECAY, use_warmup=True),
+        batches=cycle(batches),
+        steps=count(),
+    )
     job = _job(load, model=model, normalize=normalize, world=world)
-    running = Running(Totals(load.num_classes, world.device))
-    ours = OurLoop(job, running, cycle(batches), count())
-    return ours, BareLoop(twin, bare_optimizer, normalize, cycle(batches))
+    return OurLoop(job, Running(Totals(load.num_classes, world.device)), cycle(batches), count()), bare
 
 
 def bench_loop(*, world: World, repeats: int) -> list[Finding]:
@@ -118,8 +137,8 @@ def bench_loop(*, world: World, repeats: int) -> list[Finding]:
         loop.step()  # the first one makes the optimizer's state
     steps_ms = interleave([cpu_ms_of(ours.step), cpu_ms_of(bare.step)], repeats=STEPS_A_BLOCK * 2 * repeats)
     our_ms, bare_ms = (_means_of_blocks(series) for series in steps_ms)
-    what = f"loop: a step of {SMALL.model_name}, {SMALL.batch_size} pictures, {SMALL.num_classes:,} classes"
-    return [compare(what, "CPU ms", our_ms, bare_ms, peer_name="bare PyTorch", goal=GOAL)]
+    what = f"loop: a step of {SMALL.model_name} with mixup, clipping, EMA; {SMALL.batch_size} pictures, {SMALL.num_classes:,} classes"
+    return [compare(what, "CPU ms", our_ms, bare_ms, peer_name="bare, timm's parts", goal=GOAL)]
 
 
 def _means_of_blocks(steps_ms: list[float]) -> list[float]:
@@ -150,6 +169,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) -> Job:
     """A job of one slot a step, with a plan that no bench reaches the end of."""
+    ema = build_ema(model, world=world, decay=EMA_DECAY, warmup=True)
     freezing, optimizer = make_freezing(model, head_only_steps=0), _optimizer(model)
     model, optimizer = world.prepare(model, optimizer)
     sizes = np.array([load.batch_size * 1000], dtype=np.int64)
@@ -158,7 +178,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         world=world,
         model=model,
         optimizer=optimizer,
-        ema=None,
+        ema=ema,
         normalize=normalize,
         plan=TrainPlan(sizes, SEED, load.batch_size, load.batch_size, 2**18),
         schedule=Schedule("constant", LEARNING_RATE, LEARNING_RATE, 0, 10**6),
@@ -173,7 +193,14 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         num_classes=load.num_classes,
         train_counts=(1,) * load.num_classes,
         seed=SEED,
-        mixing=Unmixed(),
+        mixing=MixupCutmix(
+            SEED,
+            mixup_alpha=MIXUP_ALPHA,
+            cutmix_alpha=0.0,
+            probability=1.0,
+            cutmix_probability=0.0,
+            end_step=10**6,
+        ),
         objective=CrossEntropy(label_smoothing=0.0),
         teachers=Teachers(()),
         nonfinite=NonFinitePolicy("stop", budget=0),
