@@ -33,4 +33,4 @@ class Ema:
 def build_ema(model: nn.Module, *, world: World, decay: float, warmup: bool) -> Ema:
     """Begin to average a bare model, before `World.prepare` sees it: a copy of the forward that it makes would run the original."""
     average = ModelEmaV3(model, decay=decay, use_warmup=warmup)
-    return Ema(model, average, world.prepare_for_evaluation(average.module))
+    return Ema(model, average, world.prepare_beside(average.module))
