@@ -22,6 +22,7 @@ from accelerate import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
+from accelerate import __version__ as accelerate_version
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils.memory import should_reduce_batch_size
@@ -78,8 +79,11 @@ class World:
         if self.spreads_parameters:
             # accelerate leaves precision to FSDP2, where all of a model would be bf16: under autocast it computes as under DDP.
             model = self._under_autocast(model, device_placement=False)
+            # accelerate forgets that it has a plugin whenever its state is asked for anew, as by autocast and by optimizers.
+            self.accelerator.state.distributed_type = DistributedType.FSDP
         prepared: tuple[nn.Module, Any] = self.accelerator.prepare(model, optimizer)
-        _keep_in_parts(prepared[0])
+        if self.spreads_parameters:
+            _keep_in_parts(prepared[0])
         return prepared
 
     def prepare_for_evaluation(self, model: nn.Module) -> nn.Module:
@@ -260,7 +264,6 @@ def _spread_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
     """Set what accelerate sets on GPUs by itself; on CPU ranks it ignores the plugin and takes DDP without a word."""
     num_ranks = accelerator.num_processes
     sizes = ParallelismConfig(dp_replicate_size=1, dp_shard_size=num_ranks, tp_size=1, cp_size=1, sp_size=1)
-    accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     # Without a mesh torch would spread over the GPUs of a machine that has some.
     accelerator.state.parallelism_config = sizes
@@ -269,8 +272,12 @@ def _spread_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
 
 def _keep_in_parts(model: nn.Module) -> None:
     """Have FSDP2 take every block apart again after a forward, the outermost too, so that between two of them parameters are parts."""
-    if isinstance(model, FSDPModule):
-        model.set_reshard_after_forward(True)
+    if not isinstance(model, FSDPModule):
+        raise WorldError(
+            f"train.parallel: found fsdp, but accelerate {accelerate_version} did not spread the parameters; install the version of "
+            "pyproject.toml, or set it to ddp"
+        )
+    model.set_reshard_after_forward(True)
 
 
 def _die_with_the_launcher() -> None:
