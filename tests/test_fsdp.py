@@ -39,8 +39,7 @@ from tests.runs import compose, cut_back, rows_of, write_config
 from tests.test_optimizer import optimizer_of, saved
 
 FSDP = "train.parallel=fsdp"
-EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=100")
-SETTINGS = ("ema.decay=0.9", "model.kwargs.drop_path_rate=0.2", *EVERY_STEP)
+SETTINGS = ("ema.decay=0.9", "model.kwargs.drop_path_rate=0.2", "checkpoint.every_steps=2", "checkpoint.keep_last=100")
 FILES = ("model", "ema", "optimizer")
 
 
@@ -125,8 +124,8 @@ def test_kill_9_in_mid_epoch_loses_nothing(grounds: Path, tmp_path: Path) -> Non
     """Law 5, with weights, moments and EMA in parts: the same command again writes the unbroken run's history and files, bit for bit."""
     broken, config = tmp_path / "broken", grounds / "config.yaml"
     with pytest.raises(AssertionError, match="died without a word"):
-        run_ranks(2, train_until_killed, config, broken, [*SETTINGS, FSDP], 3)
-    assert 3 <= last_step(broken) < 10, "killed too late to prove anything"
+        run_ranks(2, train_until_killed, config, broken, [*SETTINGS, FSDP], 2)
+    assert 2 <= last_step(broken) < 10, "killed too late to prove anything"
     said = train(2, config, broken, *SETTINGS, FSDP)
     assert "going on from step" in said
     assert json.dumps(rows_of(broken)) == json.dumps(rows_of(grounds / "spread"))
@@ -144,9 +143,9 @@ def test_a_run_goes_on_elsewhere(grounds: Path, tmp_path: Path, written_by: str,
     """How ranks share a model may change when a run goes on, as their number may: the checkpoint knows of neither."""
     moved = tmp_path / "moved"
     shutil.copytree(grounds / written_by, moved)
-    cut_back(moved, step=7)
+    cut_back(moved, step=6)
     said = train(world_size, grounds / "config.yaml", moved, *SETTINGS, f"train.parallel={how}")
-    assert "going on from step 7" in said
+    assert "going on from step 6" in said
     assert_same_to_1e_5(grounds / "whole", moved)
 
 
@@ -289,11 +288,11 @@ def test_an_overflow_in_one_part_skips_the_step_on_every_rank(grounds: Path, tmp
 
 REFUSED = {
     "model.channels_last=true": "model.channels_last: found true, expected false where train.parallel is fsdp",
-    "model.compile=inductor": "model.compile: found inductor, expected null where",
+    "model.compile=inductor": 'model.compile: found "inductor", expected null where',
     "model.sync_batchnorm=true": "model.sync_batchnorm: found true, expected false where",
     "train.clip_agc=0.01": "train.clip_agc: found 0.01, expected null where",
-    "train.micro_batch_size=auto": "train.micro_batch_size: found auto, expected a number where",
-    "optimizer.name=muon": "optimizer.name: found muon, expected one of adam, adamax, adamw, ",
+    "train.micro_batch_size=auto": 'train.micro_batch_size: found "auto", expected a number where',
+    "optimizer.name=muon": 'optimizer.name: found "muon", expected one of adam, adamax, adamw, ',
     "optimizer.kwargs.caution=true": "optimizer.kwargs: found .* expected no caution where",
 }
 
@@ -324,7 +323,7 @@ def test_a_model_without_blocks_is_refused(dataset_dir: Path, tmp_path: Path) ->
     "name", ["vit_large_patch14_224", "eva02_large_patch14_224", "swin_large_patch4_window7_224", "convnext_xlarge"]
 )
 def test_large_teachers_have_blocks(name: str) -> None:
-    """Models that do not fit come apart into many blocks, of which the largest is a small share of the whole."""
+    """Models that do not fit come apart into many blocks, of which the largest is at most a fifth of the whole."""
     with torch.device("meta"):
         model = timm.create_model(name)
     name_blocks(model)
@@ -334,7 +333,7 @@ def test_large_teachers_have_blocks(name: str) -> None:
         if type(module).__name__ in model._no_split_modules
     ]
     assert len(sizes) >= 20
-    assert max(sizes) < 0.1 * sum(p.numel() for p in model.parameters())
+    assert max(sizes) < 0.2 * sum(p.numel() for p in model.parameters())
     assert sum(sizes) > 0.9 * sum(p.numel() for p in model.parameters())
 
 
