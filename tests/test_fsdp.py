@@ -222,6 +222,7 @@ def distances(names: Sequence[str], folder: Path) -> dict[str, tuple[float, floa
             if step == 2:
                 exchange_across_ranks((whole, optimizer), (spread, parted), folder / name, is_main=world.is_main)
         found[name] = distance_across_ranks(whole, spread), distance_across_ranks(whole, Blocks())
+    world.close()
     return found
 
 
@@ -275,6 +276,7 @@ def scaled_steps(config: Path, run_dir: Path, overrides: Sequence[str]) -> list[
         after = [whole_across_ranks(p).detach() for p in job.model.parameters()]
         are_moved = [not torch.equal(old, new) for old, new in zip(before, after, strict=True)]
         told.append((job.optimizer.step_was_skipped, any(are_moved)))
+    job.world.close()  # or a rank that is through cuts the other off in its last collective
     return [told, running.watch.skipped_steps, [tensor.numpy() for tensor in after]]
 
 
