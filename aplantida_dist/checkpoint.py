@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json, read_json, sha256_of_file, sync_folder, write_json
 from aplantida_dist.lineage import Lineage, lineage_from
+from aplantida_dist.spreading import laid_out_like
 
 FORMAT = 2
 READABLE_FORMATS = (1, 2)
@@ -224,7 +225,7 @@ def load_model_state(model: nn.Module, checkpoint: Checkpoint, weights: Weights 
             f"{checkpoint.path}: the weights do not fit the model: {len(missing)} missing, {len(unexpected)} unexpected, "
             f"{len(reshaped)} of another shape, such as {(missing + unexpected + sorted(reshaped))[0]}; use the config that it was trained with"
         )
-    model.load_state_dict(state)
+    model.load_state_dict({name: laid_out_like(expected[name], tensor) for name, tensor in state.items()})
 
 
 def pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -293,10 +294,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def _laid_out_like(parameter: nn.Parameter, value: Any) -> Any:
-    """State of the parameter's shape in the parameter's memory format: files keep values alone, and the order of a sum follows the format."""
+    """State of the parameter's shape in the parameter's memory format and spread as it is: files keep values alone, and the order of a sum follows the format."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
-    return torch.empty_strided(value.shape, parameter.stride(), dtype=value.dtype).copy_(value)
+    return laid_out_like(
+        parameter, torch.empty_strided(value.shape, parameter.stride(), dtype=value.dtype).copy_(value)
+    )
 
 
 def _sync_file(path: Path) -> None:

@@ -48,6 +48,7 @@ from aplantida_dist.record import MainRecord, Provenance, Record
 from aplantida_dist.report import new_run_id, open_report
 from aplantida_dist.run_folder import checkpoints_dir, find_checkpoint, prepare_run_folder, require_same_run
 from aplantida_dist.soft_targets import Coverage, SoftTargets
+from aplantida_dist.spreading import name_blocks
 from aplantida_dist.status import Status
 from aplantida_dist.strict_yaml import dump_yaml
 from aplantida_dist.teachers import Teacher, coverage_line, digest_of, seat, write_teachers
@@ -119,10 +120,11 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
     coverage = _cover(config, ground, world=world)
     pixels = pixel_convention(ground.model)
     ema = world.agree_across_ranks(lambda: _open_ema(config, ground, world=world))
-    head_only_steps = math.ceil(config.model.head_only_epochs * ground.plan.steps_per_epoch)
-    freezing = world.agree_across_ranks(lambda: make_freezing(ground.model, head_only_steps=head_only_steps))
     optimizer = world.agree_across_ranks(lambda: optimizer_of(config, ground.model))
     model, prepared = world.prepare(ground.model, optimizer)
+    head_only_steps = math.ceil(config.model.head_only_epochs * ground.plan.steps_per_epoch)
+    # Not before: where parameters are spread, others have taken their place.
+    freezing = world.agree_across_ranks(lambda: make_freezing(world.unwrap(model), head_only_steps=head_only_steps))
     running = Running(Totals(ground.class_map.num_classes, world.device))
     if ground.checkpoint is not None:
         _restore(ground.checkpoint, world=world, model=model, optimizer=prepared, running=running)
@@ -226,6 +228,8 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
     if config.model.sync_batchnorm:
         model = synchronize_batchnorm(model, device=world.device)
     freeze(model, config.model.freeze)
+    if world.spreads_parameters:
+        name_blocks(model)
     plan = plan_of(config, train_split)
     train_counts = tuple(train_split.counts_of_classes(dataset.class_map.num_classes))
     return _Ground(

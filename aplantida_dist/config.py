@@ -35,6 +35,7 @@ FREE = frozenset(
         "soft_labels.files",  # likewise
         *("data.num_workers", "data.prefetch_micro_batches"),
         *("train.epochs", "train.log_every_steps", "train.timeout_s", "evaluation.every_epochs"),
+        "train.parallel",  # like the number of ranks, it decides the order of sums alone
         *("train.on_nonfinite", "train.nonfinite_budget", "stopping"),  # a run that stopped may go on with `skip`
         *("checkpoint", "report"),
     }

@@ -149,6 +149,8 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if known("train.clip_agc", "train.clip_norm") and values["train.clip_agc"] and values["train.clip_norm"]:
         yield "train.clip_agc", "null beside train.clip_norm, or train.clip_norm null"
     yield from _decay_relations(values)
+    if values.get("train.parallel") == "fsdp":
+        yield from _fsdp_relations(values)
     yield from _metric_relations(values, metric="checkpoint.best_metric", mode="checkpoint.best_mode")
     if values.get("stopping.patience_epochs") is not None:
         yield from _metric_relations(values, metric="stopping.metric", mode="stopping.mode")
@@ -195,6 +197,34 @@ def _decay_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"at most {show(epochs - warmup)}, what train.epochs has left after schedule.warmup_epochs",
         )
 
+
+def _fsdp_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What does not go with parameters of which each rank holds a part."""
+    where = "where train.parallel is fsdp"
+    for name, fitting, reason in _WHOLE_PARAMETERS_ONLY:
+        if name in values and values[name] != fitting:
+            yield name, f"{show(fitting)} {where}: {reason}"
+    if values.get("train.micro_batch_size") == "auto":
+        yield "train.micro_batch_size", f"a number {where}: its trials hold the whole model"
+    if "optimizer.name" in values and values["optimizer.name"] not in FSDP_OPTIMIZERS:
+        yield "optimizer.name", f"one of {', '.join(FSDP_OPTIMIZERS)} {where}"
+    if dict(values.get("optimizer.kwargs") or {}).get("caution"):
+        yield "optimizer.kwargs", f"no caution {where}: it needs the mean over whole weights"
+
+
+FSDP_OPTIMIZERS = (
+    *("adam", "adamax", "adamw", "adan", "adanw", "adopt", "adoptw", "lamb", "lars", "lion", "momentum", "nadam"),
+    *("nadamw", "radam", "radamw", "rmsprop", "rmsproptf", "sgd", "sgdw"),
+)
+"""timm's names of optimizers that move parts of a parameter as they would the whole; a test holds each of them."""
+
+_WHOLE_PARAMETERS_ONLY = (
+    ("model.channels_last", False, "FSDP2 takes contiguous parameters alone"),
+    ("model.compile", None, "the two have not been tested together"),
+    ("model.sync_batchnorm", False, "the two have not been tested together"),
+    ("train.clip_agc", None, "it needs the norm of whole units"),
+)
+"""Fields, their values that go with fsdp, and why others do not."""
 
 _AT_MOST = (
     ("schedule.warmup_epochs", "train.epochs", ""),

@@ -275,6 +275,12 @@ class TrainSection(Section):
     A step whose gradient overflows in fp16 leaves the weights as they are. It is counted (skipped_steps in the row, and on the
     screen) and keeps its place in the schedule, which is a function of the step's number. Source: Micikevicius et al. 2018.
     """
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Whether every rank holds the whole model (DDP), or a part of each parameter, gradient and optimizer state, put together a block at a time (FSDP2).
+
+    fsdp is for models that do not fit: slower, and of less memory a rank the more ranks there are. A run may change it when it goes
+    on: its checkpoints are the same. On one process it is ddp. Source: Zhao et al. 2023; `torch.distributed.fsdp.fully_shard`.
+    """
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     """Largest norm of a step's gradient, above 0; null does not clip. Source: Pascanu et al. 2013."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

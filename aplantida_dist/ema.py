@@ -32,5 +32,7 @@ class Ema:
 
 def build_ema(model: nn.Module, *, world: World, decay: float, warmup: bool) -> Ema:
     """Begin to average a bare model, before `World.prepare` sees it: a copy of the forward that it makes would run the original."""
-    average = ModelEmaV3(model, decay=decay, use_warmup=warmup)
-    return Ema(model, average, world.prepare_for_evaluation(average.module))
+    # torch moves many tensors at once only where all of them are spread, and buffers never are.
+    is_mixed = world.spreads_parameters and any(buffer.is_floating_point() for buffer in model.buffers())
+    average = ModelEmaV3(model, decay=decay, use_warmup=warmup, foreach=not is_mixed)
+    return Ema(model, average, world.prepare_beside(average.module))

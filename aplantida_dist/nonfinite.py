@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aplantida_dist.errors import UserError
 from aplantida_dist.metrics import LARGEST_LOSS, Totals
 from aplantida_dist.record import Record
+from aplantida_dist.spreading import whole_across_ranks
 from aplantida_dist.world import World
 
 SMALLEST_SCALE = 1.0
@@ -126,9 +127,9 @@ def guard_of(weighted_losses: Tensor) -> Tensor:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm of the gradient, as clipping takes it, for runs that do not clip; not finite where a part is not. float32 [], on the device."""
+    """Collective where parameters are spread. The norm of the gradient; not finite where a part of it is not. float32 [], on the device."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    return whole_across_ranks(torch.nn.utils.get_total_norm(gradients))
 
 
 def is_left_out_across_ranks(

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from aplantida_dist.checkpoint import CheckpointError, Position, pack_optimizer, point_to, retain, save_checkpoint
+from aplantida_dist.checkpoint import CheckpointError, Position, point_to, retain, save_checkpoint
 from aplantida_dist.files import write_json
 from aplantida_dist.history import EvaluationMetrics, History, Row, SplitMetrics
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.progress import Progress
 from aplantida_dist.report import Report
+from aplantida_dist.state import State
 from aplantida_dist.status import Phase, Status
 
 
@@ -68,18 +68,8 @@ class Record:
         """Leave word of a step that is not finite in the run folder; returns the file's name."""
         return ""
 
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        ema: nn.Module | None,
-        step: int,
-        epoch: int,
-        so_far: EpochSoFar,
-        scaler: Mapping[str, Any],
-    ) -> None:
-        """Write a checkpoint of a bare model, and of its EMA if it has one, after `step` completed updates."""
+    def save(self, state: State, *, step: int, epoch: int, so_far: EpochSoFar, scaler: Mapping[str, Any]) -> None:
+        """Write a checkpoint of the state after `step` completed updates."""
 
     def finish(self) -> None:
         """Close the views; the record itself is on disk already."""
@@ -125,26 +115,14 @@ class MainRecord(Record):
         self.report.show(row, best=best)
         self.progress.say(summary_line(row, is_best=best is row))
 
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        ema: nn.Module | None,
-        step: int,
-        epoch: int,
-        so_far: EpochSoFar,
-        scaler: Mapping[str, Any],
-    ) -> None:
-        model_state, ema_state = model.state_dict(), None if ema is None else ema.state_dict()
-        held = [*model_state.items(), *((f"EMA of {name}", tensor) for name, tensor in (ema_state or {}).items())]
+    def save(self, state: State, *, step: int, epoch: int, so_far: EpochSoFar, scaler: Mapping[str, Any]) -> None:
+        held = [*state.model.items(), *((f"EMA of {name}", tensor) for name, tensor in (state.ema or {}).items())]
         broken = [name for name, tensor in held if tensor.is_floating_point() and not tensor.isfinite().all()]
         if broken:
             raise CheckpointError(
                 f"step {step}: {len(broken)} weights hold NaN or Inf, first {broken[0]}; nothing was saved, the last good "
                 "checkpoint is untouched: lower optimizer.peak_lr or set train.clip_norm"
             )
-        optimizer_state, optimizer_facts = pack_optimizer(model, optimizer)
         position = Position(
             step=step,
             epoch=epoch,
@@ -153,7 +131,7 @@ class MainRecord(Record):
             law_fields=self.provenance.law_fields,
             code_version=self.provenance.code_version,
             wandb_run_id=self.provenance.wandb_run_id,
-            optimizer=optimizer_facts,
+            optimizer=state.optimizer_facts,
             scaler=scaler,
             train_s=so_far.train_s,
             spent_ns=so_far.spent_ns,
@@ -167,9 +145,9 @@ class MainRecord(Record):
         checkpoint = save_checkpoint(
             self.checkpoints_dir,
             position=position,
-            model_state=model_state,
-            ema_state=ema_state,
-            optimizer_state=optimizer_state,
+            model_state=state.model,
+            ema_state=state.ema,
+            optimizer_state=state.optimizer,
             totals=so_far.totals,
             lineage=self.provenance.lineage,
         )

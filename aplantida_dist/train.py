@@ -33,7 +33,11 @@ def main() -> None:
     with told_once_a_node():
         arguments = _parse_arguments()
         config = _load(arguments)
-    world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
+    world = open_world(
+        precision=config.train.precision,
+        timeout_s=config.train.timeout_s,
+        spreads_parameters=config.train.parallel == "fsdp",
+    )
     if arguments.debug:
         torch.autograd.set_detect_anomaly(True)
     request = Request(

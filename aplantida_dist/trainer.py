@@ -41,6 +41,7 @@ from aplantida_dist.optimizer import clip_adaptively, set_learning_rate
 from aplantida_dist.record import EpochSoFar, Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.seeds import derive
+from aplantida_dist.state import take_state_across_ranks
 from aplantida_dist.stopping import Stopping, reason_to_stop
 from aplantida_dist.teachers import Teachers
 from aplantida_dist.world import World, seed_device
@@ -152,7 +153,7 @@ def _coordinates(job: Job, start_step: int) -> Iterator[Coordinates]:
 def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) -> None:
     """One optimizer update with the gradient of Σ w·ℓ / Σ w over the step's samples on all ranks.
 
-    The divisor comes from the plan. DDP averages over ranks, so the sum is multiplied by their number: the two cancel. A
+    The divisor comes from the plan. DDP and FSDP2 average over ranks, so the sum is multiplied by their number: the two cancel. A
     step that is left out, because it is not finite or overflowed in fp16, is counted and keeps its place: which samples
     and which learning rate a step has follows from its number alone.
     """
@@ -193,14 +194,13 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
 
 
 def _clip(job: Job) -> Tensor:
-    """Clip the step's gradient as the config says; returns its norm before, over all ranks: float32 [] on the device."""
-    accelerator = job.world.accelerator
-    if job.clip_norm is not None:
-        norm: Tensor = accelerator.clip_grad_norm_(job.model.parameters(), job.clip_norm)
-        return norm
-    if job.clip_agc is not None:
-        accelerator.unscale_gradients(job.optimizer)
+    """Collective where parameters are spread. Clip the step's gradient as the config says; returns its norm before, over all ranks: float32 [] on the device."""
+    if job.clip_norm is not None or job.clip_agc is not None:
+        job.world.accelerator.unscale_gradients(job.optimizer)
     norm = gradient_norm(job.model)
+    if job.clip_norm is not None:
+        # Not accelerate's, which looks for the model by comparing all its parameters with those of every prepared one.
+        nn.utils.clip_grads_with_norm_(job.model.parameters(), job.clip_norm, norm)
     if job.clip_agc is not None:
         clip_adaptively(job.freezing.backbone, job.clip_agc)
     return norm
@@ -343,10 +343,14 @@ def _save(job: Job, running: Running, done: int) -> None:
     so_far = _sum_across_ranks(job, running)
     job.record.tell("saving", epoch=epoch, step=done)
     scaler = job.world.accelerator.scaler
-    job.record.save(
+    state = take_state_across_ranks(
         job.world.unwrap(job.model),
         job.optimizer.optimizer,
         ema=None if job.ema is None else job.ema.model,
+        is_main=job.world.is_main,
+    )
+    job.record.save(
+        state,
         step=done,
         epoch=epoch,
         so_far=so_far,

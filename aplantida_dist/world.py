@@ -15,9 +15,20 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+from accelerate import __version__ as accelerate_version
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from aplantida_dist.errors import UserError
 
@@ -34,9 +45,13 @@ class WorldError(UserError):
 
 @dataclass(frozen=True)
 class World:
-    """One process of a run: its rank, how many there are, its device, and what they do together."""
+    """One process of a run: its rank, how many there are, its device, and what they do together.
+
+    spreads_parameters: each rank holds a part of every parameter of the trained model (FSDP2) instead of all of it (DDP).
+    """
 
     accelerator: Accelerator
+    spreads_parameters: bool
 
     @property
     def rank(self) -> int:
@@ -57,23 +72,43 @@ class World:
         return device
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Collective. Put the model on its device under DDP and autocast, and the optimizer behind the gradient scaler."""
+        """Collective. Put the model on its device under DDP or FSDP2 and autocast, and the optimizer behind the gradient scaler.
+
+        FSDP2 takes a model whose blocks are named (`spreading.name_blocks`), and puts other parameters in the place of its own.
+        """
+        if self.spreads_parameters:
+            # accelerate leaves precision to FSDP2, where all of a model would be bf16: under autocast it computes as under DDP.
+            model = self._under_autocast(model, device_placement=False)
+            # accelerate forgets that it has a plugin whenever its state is asked for anew, as by autocast and by optimizers.
+            self.accelerator.state.distributed_type = DistributedType.FSDP
         prepared: tuple[nn.Module, Any] = self.accelerator.prepare(model, optimizer)
+        if self.spreads_parameters:
+            _keep_in_parts(prepared[0])
         return prepared
 
     def prepare_for_evaluation(self, model: nn.Module) -> nn.Module:
-        """Put a model on its device under autocast, without DDP."""
-        prepared: nn.Module = self.accelerator.prepare_model(model, evaluation_mode=True)
-        return prepared
+        """Put a model on its device under autocast, whole on every rank."""
+        return self._under_autocast(model, device_placement=True)
+
+    def prepare_beside(self, model: nn.Module) -> nn.Module:
+        """Collective. Put a copy of the model to be trained on its device under autocast, without DDP, but spread as that one will be."""
+        if not self.spreads_parameters:
+            return self.prepare_for_evaluation(model)
+        spread: nn.Module = fsdp2_prepare_model(self.accelerator, self._under_autocast(model, device_placement=False))
+        _keep_in_parts(spread)
+        return spread
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """The module inside DDP; its forward keeps autocast."""
+        """The module inside DDP, or that FSDP2 has spread where it is; its forward keeps autocast."""
         unwrapped: nn.Module = self.accelerator.unwrap_model(model)
         return unwrapped
 
     def accumulating(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-        """Within it a backward pass adds gradients up on this rank; the step's last slot sums them across ranks."""
-        return contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
+        """Within it a backward pass adds gradients up on this rank; the step's last slot sums them across ranks.
+
+        Under FSDP2 every slot does: a gradient that waited would be whole on every rank, and so what does not fit.
+        """
+        return contextlib.nullcontext() if is_last or self.spreads_parameters else self.accelerator.no_sync(model)
 
     def sum_across_ranks(self, vector: Tensor) -> Tensor:
         """Collective. The sum of every rank's integer vector, as a new tensor on this device."""
@@ -143,16 +178,28 @@ class World:
         """Leave the process group; what is on disk is on disk already."""
         self.accelerator.end_training()
 
+    def _under_autocast(self, model: nn.Module, *, device_placement: bool) -> nn.Module:
+        prepared: nn.Module = self.accelerator.prepare_model(
+            model, device_placement=device_placement, evaluation_mode=True
+        )
+        return prepared
 
-def open_world(*, precision: str, timeout_s: int) -> World:
-    """Collective. Join the processes that the launcher started; WorldError where launcher and config disagree."""
+
+def open_world(*, precision: str, timeout_s: int, spreads_parameters: bool = False) -> World:
+    """Collective. Join the processes that the launcher started; WorldError where launcher and config disagree.
+
+    One process spreads nothing.
+    """
     _refuse_conflicts(precision)
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    plugin = _fsdp2() if spreads_parameters and expected > 1 else None
     _die_with_the_launcher()
     # DDP says so of every depthwise convolution, whose dimension of size 1 has a stride that means nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:
         accelerator = Accelerator(
             mixed_precision=_PRECISIONS[precision],
+            fsdp_plugin=plugin,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -165,13 +212,14 @@ def open_world(*, precision: str, timeout_s: int) -> World:
         raise WorldError(
             f"train.precision fp16 needs a GPU, this process runs on {accelerator.device.type}; choose bf16 or fp32"
         )
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise WorldError(
             f"the launcher started {expected} processes, accelerate sees {accelerator.num_processes}; "
             "on a machine without GPUs set ACCELERATE_USE_CPU=true"
         )
-    return World(accelerator)
+    if plugin is not None and accelerator.device.type == "cpu":
+        _spread_on_cpu(accelerator, plugin)
+    return World(accelerator, spreads_parameters=plugin is not None)
 
 
 @contextlib.contextmanager
@@ -199,6 +247,39 @@ def seed_device(device: torch.device, seed: int) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
+def _fsdp2() -> FullyShardedDataParallelPlugin:
+    """FSDP2 with all said that accelerate would else take from the environment: whole a block at a time, fp32 throughout."""
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        cpu_offload=False,
+        cpu_ram_efficient_loading=False,
+        activation_checkpointing=False,
+    )
+
+
+def _spread_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Set what accelerate sets on GPUs by itself; on CPU ranks it ignores the plugin and takes DDP without a word."""
+    num_ranks = accelerator.num_processes
+    sizes = ParallelismConfig(dp_replicate_size=1, dp_shard_size=num_ranks, tp_size=1, cp_size=1, sp_size=1)
+    accelerator.state.fsdp_plugin = plugin
+    # Without a mesh torch would spread over the GPUs of a machine that has some.
+    accelerator.state.parallelism_config = sizes
+    accelerator.state.device_mesh = init_device_mesh("cpu", (num_ranks,), mesh_dim_names=tuple(sizes.fsdp_dim_names))
+
+
+def _keep_in_parts(model: nn.Module) -> None:
+    """Have FSDP2 take every block apart again after a forward, the outermost too, so that between two of them parameters are parts."""
+    if not isinstance(model, FSDPModule):
+        raise WorldError(
+            f"train.parallel: found fsdp, but accelerate {accelerate_version} did not spread the parameters; install the version of "
+            "pyproject.toml, or set it to ddp"
+        )
+    model.set_reshard_after_forward(True)
+
+
 def _die_with_the_launcher() -> None:
     """Have the kernel end this rank when its launcher is killed.
 
@@ -210,7 +291,7 @@ def _die_with_the_launcher() -> None:
 
 
 def _refuse_conflicts(precision: str) -> None:
-    """The config states precision and accumulation; a launcher that states another would be ignored in silence."""
+    """The config states precision, accumulation and parallelism; a launcher that states another would be ignored in silence."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", _PRECISIONS[precision]):
         raise WorldError(
@@ -223,3 +304,9 @@ def _refuse_conflicts(precision: str) -> None:
             f"accelerate was launched with {accumulation} gradient accumulation steps; here they follow from "
             "train.global_batch_size and train.micro_batch_size: leave the option out"
         )
+    for option in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{option}", "false").lower() == "true":
+            raise WorldError(
+                f"accelerate was launched with {option} (ACCELERATE_USE_{option}=true); here the config says how ranks share a "
+                "model: set train.parallel to ddp or fsdp, and launch with distributed_type MULTI_GPU"
+            )

@@ -70,7 +70,8 @@ def write_config(
 def compose(config_path: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Training:
     """Put a training together on this rank, as the command does."""
     config = load_config(config_path, list(overrides))
-    world = open_world(precision=config.train.precision, timeout_s=60)
+    is_spread = config.train.parallel == "fsdp"
+    world = open_world(precision=config.train.precision, timeout_s=60, spreads_parameters=is_spread)
     request = Request(run_dir, resume="auto", max_samples=None, extra_checks=False, allow_leak=False)
     return compose_across_ranks(config, world=world, request=request)
 

@@ -23,6 +23,7 @@ from aplantida_dist.config_file import load_config
 from aplantida_dist.history import HistoryError, columns_of, make_row, read_history
 from aplantida_dist.metrics import Totals
 from aplantida_dist.record import EpochSoFar, summary_line
+from aplantida_dist.state import take_state_across_ranks
 from aplantida_dist.trainer import Running, read_ahead, run_step
 from tests.ranks import command_on_ranks, run_ranks
 from tests.runs import compose, cut_back, rows_of, write_config
@@ -240,8 +241,9 @@ def moves_and_faults(config: Path, run_dir: Path) -> tuple[list[bool], str]:
     next(job.ema.model.parameters()).data.fill_(float("nan"))
     so_far = EpochSoFar(running.totals.vector, 0.0, 0, 0, 0, 0, 0)
     bare = job.world.unwrap(job.model)
+    state = take_state_across_ranks(bare, job.optimizer.optimizer, ema=job.ema.model, is_main=True)
     with pytest.raises(CheckpointError) as error:
-        job.record.save(bare, job.optimizer.optimizer, ema=job.ema.model, step=2, epoch=0, so_far=so_far, scaler={})
+        job.record.save(state, step=2, epoch=0, so_far=so_far, scaler={})
     return moved, str(error.value)
 
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
     ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "data.frequency"],
-    ["files", "command", "world", "yaml_words", "data.decode", "data.sampling", "objective"],
+    ["files", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
     ["strict_yaml", "config_sections"],
     [
         "config",
@@ -41,6 +41,7 @@ LAYERS = [
         "checkpoint",
         "long_tail",
     ],
+    ["state"],
     ["config_file", "freezing", "data.stream", "run_folder", "record", "soft_label_file", "stopping"],
     ["debug", "ancestor", "nonfinite", "soft_label_parts", "soft_targets"],
     ["init_from", "teachers"],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import itertools
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,7 @@ KEYS: dict[str, Acts | Shown] = {
     "train.global_batch_size": Acts(("train.global_batch_size=32",), (), ("rates", "pictures", "losses"), ("start",)),
     "train.micro_batch_size": Acts(("train.micro_batch_size=8",), (), ("update",), ("start", "rates", "pictures")),
     "train.precision": losses("train.precision=bf16"),
+    "train.parallel": Shown("test_fsdp.py::test_each_rank_holds_a_part"),
     "train.clip_norm": update("train.clip_norm=0.01"),
     "train.on_nonfinite": Shown("test_nonfinite.py::test_a_skipped_step_is_void_in_its_row_and_changes_no_weight"),
     "train.nonfinite_budget": Shown(
@@ -230,6 +233,20 @@ def trace(config: Path, run_dir: Path, overrides: Sequence[str]) -> Trace:
     return found
 
 
+@pytest.fixture(scope="module")
+def trace_of(fill_in: Fill, dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trace]:
+    """The trace of a run with these overrides; what many switches stand beside is traced once."""
+    folder = tmp_path_factory.mktemp("traces")
+    config = write_config(folder / "config.yaml", dataset_dir, epochs=2)
+
+    @cache
+    def traced(*overrides: str) -> Trace:
+        (found,) = run_ranks(1, trace, config, Path(tempfile.mkdtemp(dir=folder)), fill_in(overrides))
+        return found
+
+    return traced
+
+
 def weights_of(model: torch.nn.Module) -> dict[str, Any]:
     return {name: tensor.detach().clone().numpy() for name, tensor in model.state_dict().items()}
 
@@ -244,14 +261,10 @@ def same(ours: Any, theirs: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_a_switch_acts_where_it_should_and_nowhere_before(
-    name: str, fill_in: Fill, dataset_dir: Path, tmp_path: Path
-) -> None:
+def test_a_switch_acts_where_it_should_and_nowhere_before(name: str, trace_of: Callable[..., Trace]) -> None:
     """Start, rates, pictures, losses, update, average: what must change does, what must not is the same to the last bit."""
     switch = SWITCHES[name]
-    config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=2)
-    (off,) = run_ranks(1, trace, config, tmp_path / "off", fill_in(switch.beside))
-    (on,) = run_ranks(1, trace, config, tmp_path / "on", fill_in([*switch.beside, *switch.on]))
+    off, on = trace_of(*switch.beside), trace_of(*switch.beside, *switch.on)
     assert [part for part in switch.changes if same(off[part], on[part])] == []
     assert [part for part in switch.keeps if not same(off[part], on[part])] == []
 
