@@ -40,6 +40,7 @@ LAYERS = [
         "metrics",
         "checkpoint",
         "long_tail",
+        "other_classes",
     ],
     ["config_file", "freezing", "data.stream", "run_folder", "record", "soft_label_file", "stopping"],
     ["debug", "ancestor", "nonfinite", "soft_label_parts", "soft_targets"],
