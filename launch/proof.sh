@@ -9,36 +9,37 @@ set -eu
 seeds="${SEEDS:-0 1 2}"
 launch="${LAUNCH:-sh launch/cpu_two_ranks.sh}"
 
+# Functions in ( ) run in a shell of their own: what they name is theirs.
 say() { printf '\n== %s\n' "$1"; }
 
-train() {       # RUN_DIR CONFIG [a.b=c …]: trains, or goes on, or finds that nothing is left to do
+train() (       # RUN_DIR CONFIG [a.b=c …]: trains, or goes on, or finds that nothing is left to do
     run_dir=$1 config=$2
     shift 2
-    [ ! -f "$run_dir/done" ] || return 0
+    [ ! -f "$run_dir/done" ] || exit 0
     say "$run_dir"
     $launch --config "$config" --run-dir "$run_dir" "seed=$seed" "$@"
     touch "$run_dir/done"
-}
+)
 
-evaluate() {    # RESULTS ROW RUN_DIR DATASET [--option …]: RESULTS/ROW.seed_N.json
+evaluate() (    # RESULTS ROW RUN_DIR DATASET [--option …]: RESULTS/ROW.seed_N.json
     results=$1 row=$2 run_dir=$3 dataset=$4
     shift 4
-    [ ! -f "$results/$row.seed_$seed.json" ] || return 0
+    [ ! -f "$results/$row.seed_$seed.json" ] || exit 0
     mkdir -p "$results"
     python -m aplantida_dist.evaluate --run "$run_dir" --data "$dataset" --json "$results/$row.seed_$seed.json" "$@"
-}
+)
 
-herbarium() {   # DATASET [--option …]: draws it and builds its shards
+herbarium() (   # DATASET [--option …]: draws it and builds its shards
     dataset=$1 pictures=demo/$(basename "$1")
     shift
-    [ ! -d "$dataset" ] || return 0
+    [ ! -d "$dataset" ] || exit 0
     say "drawing and building $dataset"
     rm -rf "$pictures"
     python -m aplantida_dist.herbarium --out "$pictures" --side 64 "$@"
     python shards/build.py --from-folder "$pictures" --out "$dataset"
-}
+)
 
-long_tail() {
+long_tail() (
     herbarium shards/proof_tail --species 40 --pictures 1600 --even-share 0 --held-out 5 30
     runs=runs/proof/long_tail
     for seed in $seeds; do
@@ -51,9 +52,9 @@ long_tail() {
     done
     say "the long tail, test split"
     python -m bench.proof "$runs/test" --against cross_entropy --metrics macro_top1 many_top1 medium_top1 few_top1
-}
+)
 
-chain() {
+chain() (
     name=$1 dataset=$2 region=$3
     shift 3
     runs=runs/proof/$name configs=configs/proof/chain
@@ -79,7 +80,7 @@ chain() {
     python -m bench.proof "$runs/teachers_on_region" --against global_leave_out
     say "$name: the students on the whole test split"
     python -m bench.proof "$runs/students" --against labels
-}
+)
 
 case "${1:-}" in
 long_tail)

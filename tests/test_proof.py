@@ -102,6 +102,88 @@ def test_the_recipes_of_the_long_tail_differ_in_the_long_tail_alone() -> None:
         assert bool(changed) == (path.stem != "cross_entropy")
 
 
+PROBE = """\
+#!/bin/sh
+# In place of python: notes what it was called with, and leaves the file that --json names.
+echo "$@" >> calls
+while [ $# -gt 0 ]; do
+    if [ "$1" = --json ]; then echo '{"test": {"top1": 0.5, "macro_top1": 0.5}}' > "$2"; fi
+    if [ "$1" = --run-dir ]; then mkdir -p "$2"; fi
+    shift
+done
+"""
+
+
+def calls_of(folder: Path, *arguments: str) -> list[list[str]]:
+    """What the harness runs, in order, in a folder with nothing but the configs; `folder` keeps what it left."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / "python").write_text(PROBE)
+    (folder / "bin" / "python").chmod(0o755)
+    if not (folder / "configs").exists():
+        (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "calls").write_text("")
+    environment = {
+        "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
+        "LAUNCH": "python -m aplantida_dist.train",
+        "SEEDS": "3 4",
+    }
+    said = subprocess.run(
+        ["sh", ROOT / "launch" / "proof.sh", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr
+    return [line.split() for line in (folder / "calls").read_text().splitlines()]
+
+
+def test_the_chain_trains_and_evaluates_each_on_its_own_dataset(tmp_path: Path) -> None:
+    """For every seed alike: students see the whole, the global teacher is measured on the region it never trained on alone."""
+    calls = calls_of(tmp_path, "chain", "mine", "shards/mine", "shards/mine_region", "train.epochs=2")
+    trained, evaluated = (
+        [call for call in calls if call[:2] == ["-m", f"aplantida_dist.{name}"]] for name in ("train", "evaluate")
+    )
+    for seed in ("3", "4"):
+        runs = {name: f"runs/proof/mine/{name}.seed_{seed}" for name in ("teacher_global", "teacher_regional")}
+        mine = {call[5].split("/")[-1].split(".")[0]: call for call in trained if f"seed={seed}" in call}
+        datasets = {name: next(word for word in call if word.startswith("data.dataset")) for name, call in mine.items()}
+        assert datasets.pop("teacher_regional") == "data.dataset=shards/mine_region"
+        assert datasets == dict.fromkeys(
+            ("teacher_global", "student_distilled", "student_labels"), "data.dataset=shards/mine"
+        )
+        assert f"model.init_from={runs['teacher_global']}" in mine["teacher_regional"]
+        assert (
+            f"distillation.teachers=[{runs['teacher_global']},{runs['teacher_regional']}]" in mine["student_distilled"]
+        )
+        assert all("train.epochs=2" in call for call in mine.values())
+        only_taught = [word for word in mine["student_distilled"] if word not in mine["student_labels"]]
+        assert len(only_taught) == 2, "the run folder and the teachers"
+        for call in (call for call in evaluated if f"seed_{seed}.json" in " ".join(call)):
+            folder = call[call.index("--json") + 1].split("/")[-2]
+            on_region = folder == "teachers_on_region"
+            assert call[call.index("--data") + 1] == ("shards/mine_region" if on_region else "shards/mine")
+            assert ("--other-classes" in call) == (on_region and runs["teacher_global"] in call)
+    assert len(trained) == 8
+    assert len(evaluated) == 12
+
+
+def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+    """The same command again prints the tables; an evaluation that is lost is the only one that is repeated."""
+    (tmp_path / "shards" / "proof_tail").mkdir(parents=True)
+    first = calls_of(tmp_path, "long_tail")
+    results = tmp_path / "runs" / "proof" / "long_tail" / "test"
+    assert {path.name.split(".")[0] for path in results.iterdir()} == {
+        "cross_entropy_post_hoc",
+        *(path.stem for path in (ROOT / "configs" / "proof" / "long_tail").glob("*.yaml")),
+    }
+    (results / "cross_entropy.seed_4.json").unlink()
+    again = calls_of(tmp_path, "long_tail")
+    assert [call for call in first if call in again] == again
+    assert [call[1] for call in again] == ["aplantida_dist.evaluate", "bench.proof"]
+
+
 @pytest.mark.parametrize("arguments", [[], ["other"], ["chain", "name"], ["chain", "name", "dataset"]])
 def test_the_harness_says_how_it_is_called(arguments: list[str]) -> None:
     """Before it draws or trains anything."""
