@@ -6,7 +6,7 @@ READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test laws lint bench clean
+.PHONY: help demo test laws lint bench proof clean
 
 help:
 	@echo "make demo    draw pictures, build shards, train on two processes, evaluate, plot (5 minutes after the install)"
@@ -14,6 +14,7 @@ help:
 	@echo "make laws    the laws with every switch of the config on (a quarter of an hour)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   our speed beside our peers', in one run"
+	@echo "make proof   the chain of teachers and student, and the long tail, on drawn pictures, three seeds (an hour and more)"
 	@echo "make clean   delete the environment and what the demo made"
 
 $(READY): pyproject.toml
@@ -40,5 +41,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench
 
+proof: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/proof.sh chain
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/proof.sh long_tail
+
 clean:
-	rm -rf .venv demo runs/demo shards/demo bench/.cache
+	rm -rf .venv demo runs/demo runs/proof shards/demo shards/proof_* bench/.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from aplantida_dist.lineage import Identities
 from aplantida_dist.long_tail import ShiftedLogits, log_prior
 from aplantida_dist.model import pixel_convention
 from aplantida_dist.origin import leak_error, leak_text, unknown_lines
+from aplantida_dist.other_classes import CHOICES, labels_in_run, without_others
 from aplantida_dist.recipe import decided, evaluation_transform_of, model_of, normalize_of, reading_of
 from aplantida_dist.record import classes_text, clean_text
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
@@ -41,7 +43,8 @@ def main() -> None:
         arguments = _parse_arguments()
         config = load_config(arguments.run / CONFIG_FILE, arguments.overrides)
     world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
-    model, checkpoint, split, num_classes = world.agree_across_ranks(lambda: _open(arguments, config))
+    opened = world.agree_across_ranks(lambda: _open(arguments, config))
+    model, checkpoint, split = opened.model, opened.checkpoint, opened.split
     world.require_equal_across_ranks("the split to evaluate", split.digest)
     leaked = world.learn_from_main_across_ranks(lambda: _find_leak(split, checkpoint, allow_leak=arguments.allow_leak))
     pixels = pixel_convention(model)
@@ -50,12 +53,15 @@ def main() -> None:
         print(f"{checkpoint.path}: does not tell its train counts, so no class is many, medium or few", flush=True)
     if tau is not None:
         model = ShiftedLogits(model, world.agree_across_ranks(lambda: _post_hoc_shift(tau, checkpoint, config)))
+    other_classes = arguments.other_classes if len(opened.labels) < opened.num_classes else None
+    if other_classes == "leave-out":
+        model = ShiftedLogits(model, without_others(opened.labels, num_classes=opened.num_classes))
     with ExitStack() as files:
         evaluation = evaluate_across_ranks(
             world.prepare_for_evaluation(model),
             world=world,
             split=split,
-            num_classes=num_classes,
+            num_classes=opened.num_classes,
             transform=evaluation_transform_of(config, pixels),
             micro_batch_size=decided(config.evaluation.micro_batch_size),
             normalize=normalize_of(config, pixels, world),
@@ -64,7 +70,11 @@ def main() -> None:
             write_predictions=_writer(arguments.predictions, world, files) if arguments.predictions else None,
         )
     metrics = as_evaluation_metrics(
-        evaluation, expected_samples=split.num_samples, train_counts=train_counts, logit_adjustment=tau
+        evaluation,
+        expected_samples=split.num_samples,
+        train_counts=train_counts,
+        logit_adjustment=tau,
+        other_classes=other_classes,
     )
     if world.is_main:
         if checkpoint.has_ema:
@@ -75,16 +85,35 @@ def main() -> None:
     world.close()
 
 
-def _open(arguments: argparse.Namespace, config: Config) -> tuple[nn.Module, Checkpoint, Split, int]:
-    """The checkpoint's model and the split, whose class maps must be the same."""
+@dataclass(frozen=True)
+class _Opened:
+    """What is evaluated on what. All labels are the run's, of which `labels` are those of the dataset's classes, in its order."""
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    split: Split
+    num_classes: int
+    labels: tuple[int, ...]
+
+
+def _open(arguments: argparse.Namespace, config: Config) -> _Opened:
+    """The checkpoint's model and the split; unless --other-classes is given, their class maps must be the same."""
     checkpoint = resolve_checkpoint(arguments.run, arguments.checkpoint)
     class_map = load_class_map(arguments.run / CLASSES_FILE)
     dataset = open_dataset(arguments.data)
-    class_map.require_same(dataset.class_map, ours=str(arguments.run), theirs=str(arguments.data))
+    labels = labels_in_run(
+        dataset.class_map,
+        class_map,
+        other_classes=arguments.other_classes,
+        ours=str(arguments.run),
+        theirs=str(arguments.data),
+    )
     split = dataset.open_split(arguments.split)
+    if dataset.class_map.digest != class_map.digest:
+        split = split.relabelled(labels)
     model = model_of(config, num_classes=class_map.num_classes, pretrained=False)
     load_model_state(model, checkpoint, arguments.weights)
-    return model, checkpoint, split, class_map.num_classes
+    return _Opened(model, checkpoint, split, class_map.num_classes, labels)
 
 
 def _post_hoc_shift(tau: float, checkpoint: Checkpoint, config: Config) -> Tensor:
@@ -132,7 +161,8 @@ def _print_metrics(name: str, metrics: EvaluationMetrics, arguments: argparse.Na
     print(
         f"{name} · {metrics.num_samples} samples · loss {metrics.loss:.4f} · top-1 {100 * metrics.top1:.2f} % · "
         f"top-5 {100 * metrics.top5:.2f} % · {classes_text(metrics)}"
-        + (f" · logits less {metrics.logit_adjustment:g} log prior" if metrics.logit_adjustment else ""),
+        + (f" · logits less {metrics.logit_adjustment:g} log prior" if metrics.logit_adjustment else "")
+        + (f" · classes that the dataset lacks: {metrics.other_classes}" if metrics.other_classes else ""),
         flush=True,
     )
     if metrics.leaked_samples:
@@ -158,7 +188,13 @@ def _parse_arguments() -> argparse.Namespace:
         default="raw",
         help="those that the optimizer moved (the default), or their average, where the run keeps one (ema.decay)",
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DATASET", help="a dataset with the run's classes")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DATASET",
+        help="a dataset with the run's classes, or with a part of them",
+    )
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")
     parser.add_argument(
         "--allow-leak",
@@ -171,6 +207,12 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="TAU",
         help="take TAU times the log of each class's share of the train samples off the logits (Menon et al. 2021): for "
         "models whose loss had no loss.logit_adjustment; loss and predictions are those of the shifted logits",
+    )
+    parser.add_argument(
+        "--other-classes",
+        choices=CHOICES,
+        help="for a dataset with a part of the run's classes, which are matched by name: whether a hit must win among all "
+        "classes of the run (count), or those that the dataset lacks are left out. Labels in the predictions are the run's",
     )
     parser.add_argument("--predictions", type=Path, metavar="FILE.jsonl", help="write one line a sample")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics as the history writes them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,7 @@ def as_evaluation_metrics(
     expected_samples: int,
     train_counts: Sequence[int] | None,
     logit_adjustment: float | None = None,
+    other_classes: Literal["count", "leave-out"] | None = None,
 ) -> EvaluationMetrics:
     """An evaluation as a history row's block holds it, validated; leak and clean part are absent where there is none."""
     leaked, clean = evaluation.leaked_samples, None
@@ -146,7 +147,13 @@ def as_evaluation_metrics(
     if evaluation.clean is not None:
         part = _block(evaluation.clean, expected_samples=expected_samples - leaked, train_counts=train_counts)
         clean = SplitMetrics(**part)
-    return EvaluationMetrics(**block, leaked_samples=leaked or None, clean=clean, logit_adjustment=logit_adjustment)
+    return EvaluationMetrics(
+        **block,
+        leaked_samples=leaked or None,
+        clean=clean,
+        logit_adjustment=logit_adjustment,
+        other_classes=other_classes,
+    )
 
 
 def _block(metrics: Metrics, *, expected_samples: int, train_counts: Sequence[int] | None) -> dict[str, Any]:

@@ -73,12 +73,14 @@ class EvaluationMetrics(SplitMetrics):
 
     `leaked_samples` counts the samples that the weights had been trained on; absent where there is none, as is `clean`. Where
     every sample has leaked there is no clean part, and it is absent, not zero. `logit_adjustment` is the τ of
-    `evaluate --logit-adjustment`, absent where the logits are the model's own.
+    `evaluate --logit-adjustment`, absent where the logits are the model's own; `other_classes` what `evaluate --other-classes`
+    did with those that the dataset lacks, absent where it lacks none.
     """
 
     leaked_samples: int | None = Field(default=None, gt=0)
     clean: SplitMetrics | None = None
     logit_adjustment: float | None = Field(default=None, gt=0.0)
+    other_classes: Literal["count", "leave-out"] | None = None
 
     @model_validator(mode="after")
     def _leaked_and_clean_are_the_whole(self) -> EvaluationMetrics:

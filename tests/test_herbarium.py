@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from aplantida_dist.herbarium import MAX_SPECIES, draw_herbarium, draw_leaf, encode_jpeg, make_species
-from aplantida_dist.herbarium.collection import HerbariumError, count_pictures
+from aplantida_dist.herbarium.collection import HeldOut, HerbariumError, count_pictures
 from aplantida_dist.herbarium.names import latin_name
 from aplantida_dist.herbarium.records import make_record
 
@@ -67,6 +67,24 @@ def test_metadata_describes_every_picture_once(tmp_path: Path) -> None:
     for content in files.values():
         image = Image.open(io.BytesIO(content))
         assert (image.format, image.size, image.mode) == ("JPEG", (48, 36), "RGB")
+
+
+def test_held_out_pictures_are_further_ones_and_as_many_of_every_species(tmp_path: Path) -> None:
+    """train/ holds what a herbarium without them holds; val/ and test/ the pictures with the numbers that follow."""
+    plain = _draw(tmp_path / "plain", even_share=0.0)
+    files = _draw(tmp_path / "held_out", even_share=0.0, held_out=HeldOut(val=2, test=3))
+    more = _draw(tmp_path / "more", num_pictures=150, even_share=0.0)
+    of_train = {name.removeprefix("train/"): content for name, content in files.items() if name.startswith("train/")}
+    assert of_train == {name: content for name, content in plain.items() if name.endswith(".jpg")}
+    counts = Counter(name.split("/")[0] for name in of_train)
+    for species, count in counts.items():
+        for split, numbers in (("val", range(count, count + 2)), ("test", range(count + 2, count + 5))):
+            expected = {f"{split}/{species}/{number:04d}.jpg" for number in numbers}
+            assert {name for name in files if name.startswith(f"{split}/{species}/")} == expected
+            for name in expected & {f"{split}/{other}" for other in more}:
+                assert files[name] == more[name.removeprefix(f"{split}/")]
+    records = [json.loads(line) for line in files["metadata.jsonl"].splitlines()]
+    assert sorted(record["image_path"] for record in records) == sorted(files.keys() - {"metadata.jsonl"})
 
 
 @pytest.mark.parametrize("even_share", [0.0, 0.25, 0.5, 1.0])

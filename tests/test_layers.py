@@ -40,6 +40,7 @@ LAYERS = [
         "metrics",
         "checkpoint",
         "long_tail",
+        "other_classes",
     ],
     ["state"],
     ["config_file", "freezing", "data.stream", "run_folder", "record", "soft_label_file", "stopping"],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from aplantida_dist.data.manifest import (
     load_manifest,
 )
 from aplantida_dist.data.sampling import IntArray
+from aplantida_dist.files import digest
 
 KEY_READERS = 8
 """Threads that read keys: from a cold disk one takes 200 µs a key, of which 80 are work (30 once the shards are cached)."""
@@ -62,11 +64,19 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Split:
-    """A split opened for reading. With `max_samples` it is the first so many samples of the manifest's order."""
+    """A split opened for reading. With `max_samples` it is the first so many samples of the manifest's order.
+
+    With a `relabelling` a sample that the indexes label n has the label `relabelling[n]`: that of its class in another class map.
+    """
 
     split_dir: Path
     manifest: Manifest
     max_samples: int | None = None
+    relabelling: tuple[int, ...] | None = None
+
+    def relabelled(self, labels: Sequence[int]) -> Split:
+        """The same samples under the labels of another class map; `labels[n]` is what n becomes."""
+        return replace(self, relabelling=tuple(labels))
 
     @property
     def name(self) -> str:
@@ -74,8 +84,11 @@ class Split:
 
     @cached_property
     def digest(self) -> str:
-        """The manifest's digest; a limited split is another split."""
-        return self.manifest.digest + (f":{self.num_samples}" if self.is_limited else "")
+        """The manifest's digest; a limited or relabelled split is another split."""
+        limited = f":{self.num_samples}" if self.is_limited else ""
+        return (
+            self.manifest.digest + limited + ("" if self.relabelling is None else f":{digest(list(self.relabelling))}")
+        )
 
     @cached_property
     def shard_sizes(self) -> IntArray:
@@ -92,8 +105,8 @@ class Split:
         return int(self.shard_sizes.sum())
 
     def counts_of_classes(self, num_classes: int) -> list[int]:
-        """Samples of each class index: as the manifest counts them or, of a limited split, the indexes of its shards."""
-        if not self.is_limited:
+        """Samples of each class index: as the manifest counts them or, of a limited or relabelled split, the indexes of its shards."""
+        if not self.is_limited and self.relabelling is None:
             return self.manifest.counts_of_classes(num_classes)
         counts: list[int] = np.bincount(self.labels, minlength=num_classes).tolist()
         return counts
@@ -159,12 +172,16 @@ class Split:
     def read_index(self, shard_index: int) -> NDArray[Any]:
         """The index of a shard, checked against the manifest."""
         shard = self.manifest.shards[shard_index]
-        return read_index(
+        index = read_index(
             self.index_path(shard_index),
             num_samples=shard.num_samples,
             sha256=shard.index_sha256,
             is_foreign=shard.is_foreign,
         )
+        if self.relabelling is not None:
+            index = index.copy()  # what was read is read-only
+            index["label"] = np.array(self.relabelling)[index["label"]]
+        return index
 
     def open_shard(self, shard_index: int) -> int:
         """A descriptor of a shard's tar, for the caller to close; ShardError where it cannot be opened."""

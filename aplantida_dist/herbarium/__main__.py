@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from aplantida_dist.command import CommandParser, count, run_command
-from aplantida_dist.herbarium.collection import EVEN_SHARE, draw_herbarium
+from aplantida_dist.herbarium.collection import EVEN_SHARE, HeldOut, draw_herbarium
 
 _EXAMPLE = """example:
   python -m aplantida_dist.herbarium --out pictures --species 12 --pictures 1800
@@ -25,6 +25,7 @@ def main() -> None:
         seed=args.seed,
         workers=args.workers,
         even_share=args.even_share,
+        held_out=None if args.held_out is None else HeldOut(*args.held_out),
     )
 
 
@@ -45,6 +46,13 @@ def _parser() -> CommandParser:
         type=float,
         default=EVEN_SHARE,
         help="share of the pictures dealt evenly; the rest is long-tailed (default %(default)s)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=count,
+        nargs=2,
+        metavar=("VAL", "TEST"),
+        help="put the pictures into train/ and draw so many more of every species into val/ and test/",
     )
     return parser
 

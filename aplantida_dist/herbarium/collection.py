@@ -7,7 +7,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +34,31 @@ class HerbariumError(UserError):
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """How many pictures of every species val/ and test/ get, besides those of train/: as many of a rare species as of a common one."""
+
+    val: int
+    test: int
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """One picture to draw. `split` is the folder above that of its species, or empty."""
+
+    split: str
+    species: int
+    index: int
+
+
+@dataclass(frozen=True)
 class _Task:
-    """Consecutive pictures of one or more species, for one worker: pairs of species index and picture index."""
+    """Consecutive pictures of one or more species, for one worker."""
 
     out_dir: Path
     seed: int
     width: int
     height: int
-    pictures: tuple[tuple[int, int], ...]
+    pictures: tuple[_Picture, ...]
 
 
 def draw_herbarium(
@@ -54,21 +71,24 @@ def draw_herbarium(
     seed: int,
     workers: int,
     even_share: float = EVEN_SHARE,
+    held_out: HeldOut | None = None,
 ) -> None:
     """Draw a herbarium: a folder of JPEG files a species, and metadata.jsonl, which is written last.
 
+    With `held_out` those are train/, and val/ and test/ lie beside it, with the same number of further pictures of every species.
     The bytes depend on everything but `workers`. Raises HerbariumError when the folder holds something already, or when
     the numbers do not fit each other.
     """
     _require_drawable(num_species=num_species, side=min(width, height), workers=workers)
     counts = count_pictures(num_species=num_species, num_pictures=num_pictures, even_share=even_share).tolist()
-    _make_folders(out_dir, [make_species(seed, index).folder_name for index in range(num_species)])
-    pictures = [(species, index) for species, count in enumerate(counts) for index in range(count)]
+    pictures = [picture for species, count in enumerate(counts) for picture in _pictures_of(species, count, held_out)]
+    folder_names = [make_species(seed, index).folder_name for index in range(num_species)]
+    _make_folders(out_dir, {Path(picture.split, folder_names[picture.species]) for picture in pictures})
     tasks = [
         _Task(out_dir, seed, width, height, tuple(pictures[start : start + _PICTURES_A_TASK]))
         for start in range(0, len(pictures), _PICTURES_A_TASK)
     ]
-    lines = [line for part in _with_news(_done(tasks, workers=workers), total=num_pictures) for line in part]
+    lines = [line for part in _with_news(_done(tasks, workers=workers), total=len(pictures)) for line in part]
     write_whole(out_dir / METADATA_FILE, "".join(f"{line}\n" for line in lines).encode())
 
 
@@ -91,6 +111,14 @@ def count_pictures(*, num_species: int, num_pictures: int, even_share: float) ->
     return np.asarray(least + np.sort(shares)[::-1])
 
 
+def _pictures_of(species: int, count: int, held_out: HeldOut | None) -> list[_Picture]:
+    """The pictures of a species: `count` to train with, and those held out, which have the numbers that follow."""
+    if held_out is None:
+        return [_Picture("", species, index) for index in range(count)]
+    splits = ["train"] * count + ["val"] * held_out.val + ["test"] * held_out.test
+    return [_Picture(split, species, index) for index, split in enumerate(splits)]
+
+
 def _require_drawable(*, num_species: int, side: int, workers: int) -> None:
     if not 1 <= num_species <= MAX_SPECIES:
         raise HerbariumError(f"herbarium: {num_species} species asked for; it can draw 1 to {MAX_SPECIES}")
@@ -102,13 +130,13 @@ def _require_drawable(*, num_species: int, side: int, workers: int) -> None:
         raise HerbariumError(f"herbarium: {workers} workers cannot draw; give at least 1")
 
 
-def _make_folders(out_dir: Path, names: list[str]) -> None:
+def _make_folders(out_dir: Path, inner: Iterable[Path]) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         if any(out_dir.iterdir()):
             raise HerbariumError(f"{out_dir}: the folder is not empty; delete what it holds or choose another one")
-        for name in names:
-            (out_dir / name).mkdir()
+        for path in inner:
+            (out_dir / path).mkdir(parents=True)
     except OSError as error:
         raise HerbariumError(
             f"{out_dir}: cannot be made a folder of pictures: {error.strerror}; choose another one"
@@ -126,11 +154,13 @@ def _done(tasks: list[_Task], *, workers: int) -> Iterator[list[str]]:
 
 def _draw_task(task: _Task) -> list[str]:
     lines = []
-    species_of = {index: make_species(task.seed, index) for index in {index for index, _ in task.pictures}}
-    for species_index, picture_index in task.pictures:
-        species = species_of[species_index]
-        record = make_record(species, picture_index)
-        image = draw_leaf(species, picture_index, width=task.width, height=task.height)
+    species_of = {index: make_species(task.seed, index) for index in {picture.species for picture in task.pictures}}
+    for picture in task.pictures:
+        species = species_of[picture.species]
+        record = make_record(species, picture.index)
+        if picture.split:
+            record = replace(record, image_path=f"{picture.split}/{record.image_path}")
+        image = draw_leaf(species, picture.index, width=task.width, height=task.height)
         (task.out_dir / record.image_path).write_bytes(encode_jpeg(image))
         lines.append(json.dumps(asdict(record)))
     return lines
