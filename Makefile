@@ -6,12 +6,13 @@ READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test laws lint bench proof clean
+.PHONY: help demo test laws faults lint bench proof clean
 
 help:
 	@echo "make demo    draw pictures, build shards, train on two processes, evaluate, plot (5 minutes after the install)"
 	@echo "make test    install and run the tests"
 	@echo "make laws    the laws with every switch of the config on (a quarter of an hour)"
+	@echo "make faults  break everything on purpose and write docs/faults.md"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   our speed beside our peers', in one run"
 	@echo "make proof   the chain of teachers and student, and the long tail, on drawn pictures, three seeds (an hour and more)"
@@ -31,7 +32,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 laws: $(READY)
-	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -m slow --ignore tests/faults -n auto --maxprocesses 8
+
+faults: $(READY)
+	FAULTS_PAGE=docs/faults.md $(BIN)/python -m pytest tests/faults -m 'slow or not slow' -n auto --maxprocesses 8
 
 lint: $(READY)
 	$(BIN)/ruff check .
