@@ -73,6 +73,7 @@ chain() (
         evaluate "$runs/teachers_on_region" regional "$regional" "$region"
         for student in labels distilled; do
             evaluate "$runs/students" $student "$runs/student_$student.seed_$seed" "$dataset"
+            evaluate "$runs/students_on_region" $student "$runs/student_$student.seed_$seed" "$region" --other-classes count
         done
         evaluate "$runs/students" teacher_global "$global" "$dataset"
     done
@@ -80,6 +81,8 @@ chain() (
     python -m bench.proof "$runs/teachers_on_region" --against global_leave_out
     say "$name: the students on the whole test split"
     python -m bench.proof "$runs/students" --against labels
+    say "$name: the students on the region's test split"
+    python -m bench.proof "$runs/students_on_region" --against labels
 )
 
 case "${1:-}" in
