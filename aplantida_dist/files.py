@@ -84,6 +84,8 @@ def read_json(path: Path, *, what: str, remedy: str) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no {what} here; {remedy}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not readable as a {what}: it is nested too deep; {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as a {what}: {error}; {remedy}") from error
 
