@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hypothesis import strategies as st
 
 from aplantida_dist.checkpoint import load_checkpoint
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import load_class_map
+from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.decode import DecodeError, decode
 from aplantida_dist.data.index import (
     FOREIGN_INDEX_DTYPE,
@@ -132,10 +132,10 @@ def read_config(content: bytes, folder: Path) -> None:
 def read_manifest(content: bytes, folder: Path) -> None:
     (folder / "manifest.json").write_bytes(content)
     manifest = load_manifest(folder / "manifest.json")
-    np.array([shard.num_samples for shard in manifest.shards], dtype=np.int64)
-    for shard in manifest.shards:
-        shard.tar_path(folder).exists()
-    assert manifest.digest
+    split = Split(folder, manifest)
+    assert split.digest
+    assert split.num_samples == manifest.num_samples
+    split.require_shards()
 
 
 def read_class_map(content: bytes, folder: Path) -> None:

@@ -87,8 +87,6 @@ def load_class_map(path: Path) -> ClassMap:
     names = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ClassMapError(f"{path}: expected a non-empty list of names under 'classes'; {remedy}")
-    if any(_has_lone_surrogate(name) for name in names):
-        raise ClassMapError(f"{path}: a name holds half a surrogate pair, which is no text; {remedy}")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ClassMapError(f"{path}: class {twice!r} stands more than once; {remedy}")
@@ -96,11 +94,6 @@ def load_class_map(path: Path) -> ClassMap:
     if content.get("digest") != class_map.digest:
         raise ClassMapError(f"{path}: the names do not match their digest, so the file was edited; {remedy}")
     return class_map
-
-
-def _has_lone_surrogate(text: str) -> bool:
-    """Whether text that JSON can state is none that UTF-8 can hold."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parent_of(content: dict[str, Any], path: Path, *, num_classes: int) -> Parent | None:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import digest, read_json, write_json
@@ -31,6 +39,12 @@ ClassCounts = dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")], Coun
 """Samples by class index, in decimal as JSON wants its keys to be text."""
 
 
+def _without_nul(url: str) -> str:
+    if "\0" in url or "%00" in url:
+        raise ValueError("holds a NUL, which no path does")
+    return url
+
+
 class Shard(BaseModel):
     """One tar of samples, as the manifest describes it. `name` is a plain file name; the index lies beside it as `.idx`.
 
@@ -46,7 +60,7 @@ class Shard(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     index_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     class_counts: ClassCounts
-    url: str | None = Field(default=None, pattern=r"^file:///")
+    url: Annotated[str, Field(pattern=r"^file:///"), AfterValidator(_without_nul)] | None = None
 
     @property
     def index_name(self) -> str:
