@@ -225,12 +225,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def _read_position(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The fields of position.json and the digests of the other files, once format and seal are checked."""
     content = read_json(path / POSITION_FILE, what="checkpoint", remedy="choose a folder below checkpoints/")
-    if not isinstance(content, dict) or content.get("format") not in READABLE_FORMATS:
-        found = content.get("format") if isinstance(content, dict) else None
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is not int or found not in READABLE_FORMATS:  # True is no format
         raise CheckpointError(
             f"{path}: format {found}, this program reads formats 1 to {FORMAT}; use the version that wrote it"
         )
-    if content["format"] >= 3 or has_seal(content):
+    if found >= 3 or has_seal(content):
         rest = unsealed(content)
         if rest is None:
             raise CheckpointError(

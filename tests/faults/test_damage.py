@@ -100,7 +100,7 @@ def test_no_damaged_file_of_a_checkpoint_is_loaded(run_dir: Path, fired: Fired) 
             if name == "position.json" and what == "another's":
                 continue  # is sound by itself, and is refused for the files beside it
             path.write_bytes(damaged)
-            if damaged == content:
+            if damaged in (content, content.rstrip(b"\n")):  # the end of the last line alone is no damage to JSON
                 continue
             with pytest.raises(UserError, match=folder.name):
                 load_checkpoint(folder)
@@ -262,7 +262,8 @@ def test_an_edited_line_of_the_history_is_refused_with_its_number(
     for number in range(1, len(lines) + 1):
         for what, edit in EDITS.items() if number in (1, EPOCHS) else list(EDITS.items())[:1]:
             edited = [edit(line) if n == number else line for n, line in enumerate(lines, start=1)]
-            assert edited != lines
+            if edited == lines:
+                continue
             history.write_bytes(b"".join(edited))
             refused = train(config, run_dir)
             assert (refused.code, refused.stderr.count("\n")) == (2, 1), (what, number, refused.stderr)
