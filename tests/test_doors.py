@@ -99,7 +99,7 @@ def test_the_search_of_the_sources_finds_them() -> None:
 
 def test_a_pickle_is_not_unpickled(tmp_path: Path) -> None:
     """As a .pt of the first trainer, whole or inside one of torch's."""
-    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Trap(tmp_path / "sprung"), protocol=2))
     torch.save(
         {"model_state_dict": {"w": torch.zeros(1)}, "class_names": Trap(tmp_path / "sprung")}, tmp_path / "torch.pt"
     )
