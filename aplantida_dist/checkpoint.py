@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json, read_json, sha256_of_file, sync_folder, write_json
-from aplantida_dist.lineage import Lineage, lineage_from
+from aplantida_dist.lineage import Lineage, lineage_from, require_lineage_facts
+from aplantida_dist.seal import has_seal, sealed, unsealed
 from aplantida_dist.spreading import laid_out_like
 
-FORMAT = 2
-READABLE_FORMATS = (1, 2)
-"""Format 1 had no lineage."""
+FORMAT = 3
+READABLE_FORMATS = (1, 2, 3)
+"""Format 1 had no lineage; 1 and 2 had no seal on position.json and knew nothing of the history."""
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 """The EMA under the same names as the model; only where the run keeps one."""
@@ -31,6 +34,8 @@ TOTALS_FILE = "totals.safetensors"
 SEEN_FILE = "seen.npy"
 """The identities of the lineage: int64 [n], little-endian, ascending, in numpy's own format; 8 bytes a photograph."""
 POSITION_FILE = "position.json"
+_NEEDED_FILES = frozenset((MODEL_FILE, OPTIMIZER_FILE, TOTALS_FILE))
+_FOLDER_NAME = re.compile(r"step_[0-9]{8,}")
 
 Weights = Literal["raw", "ema"]
 """Which of a checkpoint's two sets of weights: those that the optimizer moves, or their average."""
@@ -38,6 +43,16 @@ Weights = Literal["raw", "ema"]
 
 class CheckpointError(UserError):
     """A checkpoint is absent, incomplete, changed, or does not fit what it is loaded into."""
+
+
+def _hold_groups_and_scalars(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `pack_optimizer` gives beside the tensors."""
+    groups = facts.get("groups")
+    if not isinstance(facts.get("scalars"), dict) or not isinstance(groups, list):
+        raise ValueError("expected the groups and the scalars of an optimizer")
+    if not all(isinstance(group, dict) for group in groups):
+        raise ValueError("a parameter group is no object")
+    return facts
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,8 @@ class Position:
     these also the number in the whole run, which train.nonfinite_budget bounds.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     step: int
     epoch: int
     world_size: int
@@ -56,7 +73,7 @@ class Position:
     law_fields: Mapping[str, Any]
     code_version: str
     wandb_run_id: str
-    optimizer: Mapping[str, Any]
+    optimizer: Annotated[Mapping[str, Any], AfterValidator(_hold_groups_and_scalars)]
     scaler: Mapping[str, Any]
     train_s: float
     spent_ns: int
@@ -64,10 +81,15 @@ class Position:
     skipped_steps: int
     nonfinite_steps: int
     nonfinite_steps_of_run: int
-    lineage: Mapping[str, Any] | None
+    lineage: Annotated[Mapping[str, Any], AfterValidator(require_lineage_facts)] | None
     """`Lineage.facts`, whose identities lie beside in seen.npy; None in a checkpoint of format 1, which recorded none."""
     train_counts: Sequence[int] | None
     """The train samples of each class index, so that an evaluation elsewhere knows many from few; None in an early checkpoint."""
+    history: Sequence[str] | None
+    """The sha256 of each line of history.jsonl so far, which is how a line that was edited since is found; None before format 3."""
+
+
+_POSITIONS = TypeAdapter(Position)
 
 
 @dataclass(frozen=True)
@@ -131,7 +153,7 @@ def save_checkpoint(
         np.save(beside / SEEN_FILE, lineage.identities.astype("<i8"), allow_pickle=False)
         _sync_file(beside / SEEN_FILE)
         files = {name: sha256_of_file(beside / name) for name in (*stored, SEEN_FILE)}
-        write_json(beside / POSITION_FILE, {"format": FORMAT, **asdict(position), "files": files})
+        write_json(beside / POSITION_FILE, sealed({"format": FORMAT, **asdict(position), "files": files}))
         sync_folder(beside)
         if path.exists():
             shutil.rmtree(path)
@@ -151,7 +173,15 @@ def point_to(checkpoints_dir: Path, pointer: str, checkpoint: Path, **facts: Any
     write_json(checkpoints_dir / f"{pointer}.json", content)
 
 
-def named_by(checkpoints_dir: Path, pointer: str) -> Path | None:
+@dataclass(frozen=True)
+class Pointer:
+    """What last.json or best.json says: the checkpoint's folder, and the digest that its position.json had."""
+
+    path: Path
+    digest: str
+
+
+def named_by(checkpoints_dir: Path, pointer: str) -> Pointer | None:
     """The checkpoint that last.json or best.json names; None where there is no such file."""
     path = checkpoints_dir / f"{pointer}.json"
     if not path.exists():
@@ -161,26 +191,58 @@ def named_by(checkpoints_dir: Path, pointer: str) -> Path | None:
         what="pointer to a checkpoint",
         remedy=f"delete it, or name the checkpoint's folder instead of {pointer!r}",
     )
-    return checkpoints_dir / str(content["checkpoint"])
+    match content:
+        case {"checkpoint": str(name), "digest": str(digest)} if _FOLDER_NAME.fullmatch(name):
+            return Pointer(checkpoints_dir / name, digest)
+    raise CheckpointError(f"{path}: names no checkpoint with its digest; delete it, or name the checkpoint's folder")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint and check every file against its digest; CheckpointError names what is wrong."""
-    content = read_json(path / POSITION_FILE, what="checkpoint", remedy="choose a folder below checkpoints/")
-    if content.get("format") not in READABLE_FORMATS:
-        raise CheckpointError(
-            f"{path}: format {content.get('format')}, this program reads formats 1 and {FORMAT}; use the version that wrote it"
-        )
-    for name, expected in content["files"].items():
+    fields, files = _read_position(path)
+    for name, expected in files.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: {name} is missing; choose another checkpoint")
         if sha256_of_file(path / name) != expected:
             raise CheckpointError(
                 f"{path}: {name} has changed since it was written (its sha256 differs); choose another checkpoint"
             )
-    older = {"lineage": None, "nonfinite_steps": 0, "nonfinite_steps_of_run": 0, "train_counts": None}
-    fields = older | {key: value for key, value in content.items() if key not in ("format", "files")}
-    return Checkpoint(path, Position(**fields), has_ema=EMA_FILE in content["files"])
+    older = {
+        "lineage": None,
+        "nonfinite_steps": 0,
+        "nonfinite_steps_of_run": 0,
+        "train_counts": None,
+        "history": None,
+    }
+    try:
+        position = _POSITIONS.validate_json(canonical_json(older | fields), strict=True)
+    except (ValidationError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()[:40])
+        raise CheckpointError(f"{path}: {POSITION_FILE} is damaged: {reason}; choose another checkpoint") from None
+    return Checkpoint(path, position, has_ema=EMA_FILE in files)
+
+
+def _read_position(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields of position.json and the digests of the other files, once format and seal are checked."""
+    content = read_json(path / POSITION_FILE, what="checkpoint", remedy="choose a folder below checkpoints/")
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is not int or found not in READABLE_FORMATS:  # True is no format
+        raise CheckpointError(
+            f"{path}: format {found}, this program reads formats 1 to {FORMAT}; use the version that wrote it"
+        )
+    if found >= 3 or has_seal(content):
+        rest = unsealed(content)
+        if rest is None:
+            raise CheckpointError(
+                f"{path}: {POSITION_FILE} has changed since it was written (its digest differs); choose another checkpoint"
+            )
+        content = rest
+    files = content.get("files")
+    if not isinstance(files, dict) or not (_NEEDED_FILES <= files.keys() <= _NEEDED_FILES | {EMA_FILE, SEEN_FILE}):
+        raise CheckpointError(
+            f"{path}: {POSITION_FILE} does not list the checkpoint's files; choose another checkpoint"
+        )
+    return {name: value for name, value in content.items() if name not in ("format", "files")}, files
 
 
 def newest_sound_checkpoint(checkpoints_dir: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -208,7 +270,7 @@ def retain(checkpoints_dir: Path, *, keep_last: int) -> None:
     best = named_by(checkpoints_dir, "best")
     newest = set(sorted(checkpoints_dir.glob("step_*"))[-keep_last:])
     for folder in checkpoints_dir.glob("step_*"):
-        if folder not in newest and folder != best:
+        if folder not in newest and (best is None or folder != best.path):
             shutil.rmtree(folder)
     for leftover in checkpoints_dir.glob(".step_*.part"):
         shutil.rmtree(leftover, ignore_errors=True)

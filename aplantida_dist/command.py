@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from aplantida_dist.credentials import without_credentials
 from aplantida_dist.errors import UserError
 
 
@@ -65,7 +66,7 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
         code = command()
     except UserError as error:
         if not error.is_told_elsewhere:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {without_credentials(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -46,6 +46,7 @@ from aplantida_dist.recipe import (
 )
 from aplantida_dist.record import MainRecord, Provenance, Record
 from aplantida_dist.report import new_run_id, open_report
+from aplantida_dist.rewind import rewind
 from aplantida_dist.run_folder import checkpoints_dir, find_checkpoint, prepare_run_folder, require_same_run
 from aplantida_dist.soft_targets import Coverage, SoftTargets
 from aplantida_dist.spreading import name_blocks
@@ -295,11 +296,14 @@ def _open_record(
         write_teachers(request.run_dir, ground.teachers)
     run_id = new_run_id() if ground.checkpoint is None else ground.checkpoint.position.wandb_run_id
     history = History(request.run_dir)
-    cut = history.cut_after(ground.start_step)
-    if cut:
-        _warn(
-            f"{cut} rows of the history lie beyond the checkpoint of step {ground.start_step}; they will be written again"
-        )
+    rewind(
+        checkpoints_dir(request.run_dir),
+        history=history,
+        checkpoint=ground.checkpoint,
+        best_metric=best_metric,
+        best_mode=best_mode,
+        warn=_warn,
+    )
     mode, project, name, tags = settings
     return MainRecord(
         history=history,

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from aplantida_dist.config import SECTIONS, Config, flat
 from aplantida_dist.config_sections import is_loss
+from aplantida_dist.credentials import has_credentials
 from aplantida_dist.strict_yaml import show
 
 FIELDS: dict[str, FieldInfo] = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS} | {
@@ -37,10 +38,16 @@ def find_faults(content: Mapping[str, Any], *, doubtful: Collection[str]) -> lis
     # What is left out here is filled with train's, of which everything is said already.
     unjudged = {*doubtful, *({"evaluation.micro_batch_size"} - written.keys())}
     faults = [fault for fault in _schema_faults(content) if not is_within(fault.place, unjudged)]
+    faults += [Fault(place, _CREDENTIALS) for place, value in written.items() if has_credentials(str(value))]
     broken = {*doubtful, *(fault.place for fault in faults)}
     values = {name: field.default for name, field in FIELDS.items() if not field.is_required()} | written
     sound = {name: value for name, value in values.items() if not is_within(name, broken)}
     return faults + [Fault(place, f"found {show(sound[place])}, expected {text}") for place, text in _relations(sound)]
+
+
+_CREDENTIALS = (
+    "found a URL with a user or a password in it, which config.yaml, the checkpoints and W&B would show; take it out"
+)
 
 
 def is_within(place: str, others: Collection[str]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from aplantida_dist.config import SECTIONS, Config, ConfigError
 from aplantida_dist.config_faults import Fault, find_faults, is_within
+from aplantida_dist.credentials import without_credentials
 from aplantida_dist.strict_yaml import YamlError, load_scalar, read_yaml, show, together
 
 COMMAND_LINE = "command line"
@@ -56,7 +57,7 @@ def _checked(content: Any, origin: _Origin, earlier: Sequence[Fault]) -> Config:
     elif not earlier:
         messages.append(f"{origin.source}: found {show(content)}, expected the sections of a config")
     if messages:
-        raise ConfigError(together(messages))
+        raise ConfigError(without_credentials(together(messages)))
     return Config.model_validate(content)
 
 

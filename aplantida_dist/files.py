@@ -81,9 +81,15 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path, *, what: str, remedy: str) -> Any:
     """Read a JSON file; `what` names it and `remedy` says what to do, should it be absent or broken."""
     try:
-        return json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        content = json.loads(raw)
+        if b"\\ud" in raw.lower():  # half a surrogate pair can be stated, and is no text that could be written again
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except FileNotFoundError:
         raise UserError(f"{path}: no {what} here; {remedy}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not readable as a {what}: it is nested too deep; {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as a {what}: {error}; {remedy}") from error
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +34,8 @@ class _Strict(BaseModel):
 
     @model_validator(mode="after")
     def _added_keys_are_finite(self) -> _Strict:
-        for name, value in (self.model_extra or {}).items():
-            if isinstance(value, float) and not math.isfinite(value):
+        for name, value in _floats_in(self.model_extra or {}):
+            if not math.isfinite(value):
                 raise ValueError(f"{name} is {value}; numbers in the history are finite")
         return self
 
@@ -181,7 +183,14 @@ class History:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / HISTORY_FILE
         self.columns_path = run_dir / COLUMNS_FILE
-        self.rows: list[Row] = read_history(self.path) if self.path.exists() else []
+        self._lines: list[bytes] = _whole_lines(self.path) if self.path.exists() else []
+        self.rows: list[Row] = _rows_of(self._lines, path=self.path)
+        for number, (row, following) in enumerate(pairwise(self.rows), start=2):
+            if following.step <= row.step:
+                raise HistoryError(
+                    f"{self.path}: line {number} is of step {following.step} and follows step {row.step}; "
+                    "restore the file or start a new run folder"
+                )
 
     def append(self, row: Row) -> None:
         """Write a row to disk, synced, and then the columns file. Raises HistoryError for a row that does not follow the last."""
@@ -189,7 +198,9 @@ class History:
             raise HistoryError(
                 f"{self.path}: a row for step {row.step} cannot follow the row of step {self.rows[-1].step}"
             )
-        append_line(self.path, json.dumps(row.to_json(), allow_nan=False).encode())
+        line = json.dumps(row.to_json(), allow_nan=False).encode()
+        append_line(self.path, line)
+        self._lines.append(line)
         self.rows.append(row)
         self._write_columns()
 
@@ -200,17 +211,35 @@ class History:
         """
         keep = [row for row in self.rows if row.step <= step]
         gone = self.rows[len(keep) :]
-        for row in gone:
-            append_line(self.path.with_name("history.cut.jsonl"), json.dumps(row.to_json(), allow_nan=False).encode())
+        for line in self._lines[len(keep) :]:
+            append_line(self.path.with_name("history.cut.jsonl"), line)
         if self.path.exists():
-            lines = [json.dumps(row.to_json(), allow_nan=False) for row in keep]
-            write_whole(self.path, "".join(f"{line}\n" for line in lines).encode())
-        self.rows = keep
+            write_whole(self.path, b"".join(line + b"\n" for line in self._lines[: len(keep)]))
+        self._lines, self.rows = self._lines[: len(keep)], keep
         if keep:
             self._write_columns()
         else:
             self.columns_path.unlink(missing_ok=True)
         return len(gone)
+
+    def line_digests(self) -> list[str]:
+        """The sha256 of each line: what a checkpoint remembers the history by."""
+        return [hashlib.sha256(line).hexdigest() for line in self._lines]
+
+    def require_unchanged(self, digests: Sequence[str], *, since: Path) -> None:
+        """Raise HistoryError for the first line that is not what it was when the checkpoint `since`, which knows its digest, was saved."""
+        found = self.line_digests()
+        for number, expected in enumerate(digests, start=1):
+            if number > len(found):
+                what = "is missing or cut"
+            elif found[number - 1] != expected:
+                what = "was edited (its sha256 differs)"
+            else:
+                continue
+            raise HistoryError(
+                f"{self.path}: line {number} {what} since {since} was saved; restore the line, or repeat its epoch from an earlier "
+                "checkpoint with --resume step_…, or start a new run folder"
+            )
 
     def best(self, metric: str, mode: Literal["min", "max"]) -> Row | None:
         """The row with the best value of a metric; the earliest of equals. None while no row holds the metric.
@@ -240,14 +269,23 @@ def make_row(**values: Any) -> Row:
 
 def read_history(path: Path) -> list[Row]:
     """Read history.jsonl. A last line without its newline was cut by a crash and is left out; any other bad line is an error."""
-    lines = path.read_bytes().split(b"\n")
+    return _rows_of(_whole_lines(path), path=path)
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def _rows_of(lines: Sequence[bytes], *, path: Path) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(Row.model_validate_json(line))
         except ValidationError as error:
+            is_of_another_schema = error.errors()[0]["loc"] == ("schema",)
+            remedy = "use the version that wrote it" if is_of_another_schema else "restore the file"
             raise HistoryError(
-                f"{path}: line {number} is not a row of schema {SCHEMA}: {_first_fault(error)}; restore the file or start a new run folder"
+                f"{path}: line {number} is not a row of schema {SCHEMA}: {_first_fault(error)}; {remedy} or start a new run folder"
             ) from None
     return rows
 
@@ -296,6 +334,15 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
         for name, value in row.items()
         if name not in TIME_FIELDS
     }
+
+
+def _floats_in(content: Any, *, place: str = "") -> Iterator[tuple[str, float]]:
+    """Every float of JSON content with its dotted place."""
+    if isinstance(content, float):
+        yield place, content
+    elif isinstance(content, dict | list):
+        for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from _floats_in(value, place=f"{place}.{name}" if place else str(name))
 
 
 def _numbers_in(content: Mapping[str, Any], *, above: str = "") -> Iterator[str]:

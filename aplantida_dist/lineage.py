@@ -61,6 +61,17 @@ def lineage_from(identities: Identities, facts: Mapping[str, Any]) -> Lineage:
     return Lineage(identities, ancestors, tuple(facts["unknown"]))
 
 
+def require_lineage_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The facts, once they have the shape of `Lineage.facts`; ValueError where they have not."""
+    match facts:
+        case {"num_identities": int(number), "ancestors": list(ancestors), "unknown": list(unknown)} if number >= 0:
+            texts = [*unknown, *(text for one in ancestors if isinstance(one, dict) for text in one.values())]
+            are_descents = all(isinstance(one, dict) and one.keys() == {"path", "digest"} for one in ancestors)
+            if are_descents and all(isinstance(text, str) for text in texts):
+                return facts
+    raise ValueError("expected the number of identities, the ancestors and what is unknown of a lineage")
+
+
 def descend(own: Identities, parents: Sequence[tuple[Descent, Lineage]], *, unknown: Collection[str] = ()) -> Lineage:
     """The lineage of weights that are trained on `own` after they began with, or learn from, their parents.
 

@@ -141,6 +141,7 @@ class MainRecord(Record):
             nonfinite_steps_of_run=so_far.nonfinite_steps_of_run,
             lineage=self.provenance.lineage.facts(),
             train_counts=self.provenance.train_counts,
+            history=self.history.line_digests(),
         )
         checkpoint = save_checkpoint(
             self.checkpoints_dir,
@@ -154,16 +155,7 @@ class MainRecord(Record):
         point_to(self.checkpoints_dir, "last", checkpoint, step=step)
         best = self.history.best(self.best_metric, self.best_mode)
         if best is not None and best.step == step:
-            metric = best.clean_name(self.best_metric)
-            point_to(
-                self.checkpoints_dir,
-                "best",
-                checkpoint,
-                step=step,
-                metric=metric,
-                mode=self.best_mode,
-                value=best.metric(metric),
-            )
+            point_to_best(checkpoint, best, best_metric=self.best_metric, best_mode=self.best_mode)
         retain(self.checkpoints_dir, keep_last=self.keep_last)
 
     def finish(self) -> None:
@@ -173,6 +165,13 @@ class MainRecord(Record):
     def fail(self, reason: str) -> None:
         self.progress.close()
         self.status.fail(reason)
+
+
+def point_to_best(checkpoint: Path, row: Row, *, best_metric: str, best_mode: Literal["min", "max"]) -> None:
+    """Make best.json name the checkpoint of the best row, with the metric that it is the best by."""
+    metric = row.clean_name(best_metric)
+    value = row.metric(metric)
+    point_to(checkpoint.parent, "best", checkpoint, step=row.step, metric=metric, mode=best_mode, value=value)
 
 
 def summary_line(row: Row, *, is_best: bool) -> str:

@@ -72,12 +72,18 @@ def resolve_checkpoint(run_dir: Path, name: str) -> Checkpoint:
     """The checkpoint that `best`, `last`, a folder's name below checkpoints/, or a path names, checked."""
     folder = checkpoints_dir(run_dir)
     if name in ("best", "last"):
-        path = named_by(folder, name)
-        if path is None:
+        pointer = named_by(folder, name)
+        if pointer is None:
             raise CheckpointError(
                 f"{folder}: no {name}.json, so there is no {name} checkpoint yet; train first, or name a folder"
             )
-        return load_checkpoint(path)
+        checkpoint = load_checkpoint(pointer.path)
+        if checkpoint.digest != pointer.digest:
+            raise CheckpointError(
+                f"{folder / name}.json: was written for another checkpoint than now lies in {pointer.path} (the digest of its "
+                f"position.json differs); name the folder itself, or run the training command again, which mends {name}.json"
+            )
+        return checkpoint
     return load_checkpoint(folder / name if (folder / name).is_dir() else Path(name))
 
 

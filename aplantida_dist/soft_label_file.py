@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.images import Interpolation
 from aplantida_dist.data.manifest import identity_digest
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json, reason_of, replacing
-from aplantida_dist.lineage import Descent, Identities, Lineage, lineage_from
+from aplantida_dist.lineage import Descent, Identities, Lineage, lineage_from, require_lineage_facts
 
 _ALIGNMENT = 64
 _HASH_BYTES = 2**22
@@ -57,7 +58,7 @@ class SoftLabelFacts(_Facts):
     teacher_run: str
     teacher_path: str
     teacher_digest: str
-    lineage: dict[str, Any]
+    lineage: Annotated[dict[str, Any], AfterValidator(require_lineage_facts)]
     class_names: tuple[str, ...] = Field(strict=False, min_length=1)
     temperature: float = Field(gt=0.0)
     num_kept: int = Field(ge=1)
@@ -160,7 +161,7 @@ def open_soft_labels(path: Path) -> SoftLabelFile:
             num_bytes = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise SoftLabelError(f"{path}: no soft labels can be read here: {error.strerror}; {_REMEDY}") from error
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
+    except (ValidationError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise SoftLabelError(f"{path}: is no file of soft labels ({reason}); {_REMEDY}") from None
     arrays, expected_bytes = _map_arrays(path, facts, start=8 + num_header_bytes, num_bytes=num_bytes)
@@ -265,7 +266,7 @@ def _end_of(facts: SoftLabelFacts, *, start: int) -> int:
 
 
 def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    return int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
+    return np.dtype(dtype).itemsize * math.prod(shape)
 
 
 def _sha256_of(array: NDArray[Any]) -> str:

@@ -67,6 +67,10 @@ def read_yaml(text: str) -> Document:
                 return Document(None, {}, (fault,))
     except yaml.YAMLError as error:
         return Document(None, {}, (_syntax_fault(text, error),))
+    except (ValueError, OverflowError) as error:
+        # PyYAML turns "\U00110000" and the digits of a %YAML directive into numbers without a guard.
+        line = _line(events[-1].end_mark) if events else 1
+        return Document(None, {}, (Fault(line, "", f"not YAML: {error}; take it out, on this line or below"),))
     walk = _Walk(iter(events))
     content = walk.stream()
     return Document(content, walk.lines, tuple(walk.faults))
@@ -179,6 +183,10 @@ class _Walk:
 
     def _scalar(self, event: yaml.ScalarEvent, place: str) -> Any:
         if event.style is not None:
+            if any("\ud800" <= character <= "\udfff" for character in event.value):
+                return self._fault(
+                    event, place, "found half a surrogate pair, which is no text; write the whole character"
+                )
             return event.value
         if _line(event.start_mark) != _line(event.end_mark):
             return self._fault(event, place, "found text over several lines; write it on one, or in quotes")

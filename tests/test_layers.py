@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
-    ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "data.frequency"],
+    ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "credentials", "data.frequency"],
     ["files", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
-    ["strict_yaml", "config_sections"],
+    ["strict_yaml", "config_sections", "seal"],
     [
         "config",
         "history",
@@ -44,7 +44,7 @@ LAYERS = [
     ],
     ["state"],
     ["config_file", "freezing", "data.stream", "run_folder", "record", "soft_label_file", "stopping"],
-    ["debug", "ancestor", "nonfinite", "soft_label_parts", "soft_targets"],
+    ["debug", "ancestor", "nonfinite", "rewind", "soft_label_parts", "soft_targets"],
     ["init_from", "teachers"],
     ["origin", "soft_objective"],
     ["evaluation", "recipe", "soft_labelling"],

@@ -287,6 +287,7 @@ def old_checkpoint(run: Path, folder: Path) -> Path:
         (checkpoint / "seen.npy").unlink()
         position = json.loads((checkpoint / "position.json").read_text())
         del position["lineage"], position["files"]["seen.npy"], position["law_fields"]["model.init_from"]
+        del position["history"], position["digest"]
         (checkpoint / "position.json").write_text(json.dumps({**position, "format": 1}))
     return copy
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
-from aplantida_dist.data.index import REMEDY, ShardError, keys_of_index, read_index, read_key
+from aplantida_dist.data.index import REMEDY, ShardError, keys_of_index, read_index, read_key, require_within
 from aplantida_dist.data.manifest import (
     MANIFEST_FILE,
     SPLITS,
@@ -178,6 +178,7 @@ class Split:
             sha256=shard.index_sha256,
             is_foreign=shard.is_foreign,
         )
+        require_within(index, shard_bytes=shard.bytes, path=self.index_path(shard_index))
         if self.relabelling is not None:
             index = index.copy()  # what was read is read-only
             index["label"] = np.array(self.relabelling)[index["label"]]

@@ -35,6 +35,9 @@ FOREIGN_INDEX_DTYPE = np.dtype(
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 HEADER_BYTES = 512
+MAX_PICTURE_BYTES = 512 * 2**20
+MAX_METADATA_BYTES = 2**24
+"""Of a KEY.json: sixteen times the longest record that a build takes in. What claims more is refused before it is read."""
 REMEDY = "run `python shards/verify.py DATASET` to see everything that is wrong"
 
 
@@ -70,6 +73,24 @@ def read_index(path: Path, *, num_samples: int, sha256: str, is_foreign: bool = 
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ShardError(f"{path}: the index has changed (its sha256 differs from the manifest); {REMEDY}")
     return np.frombuffer(content, dtype=dtype)
+
+
+def require_within(index: NDArray[Any], *, shard_bytes: int, path: Path) -> None:
+    """Raise ShardError, before anything is read, for an index with a row that points outside its shard or at more than is read."""
+    stretches = [("image", "offset", "length", HEADER_BYTES, MAX_PICTURE_BYTES)]
+    if index.dtype == FOREIGN_INDEX_DTYPE:
+        stretches.append((".json", "metadata_offset", "metadata_length", 0, MAX_METADATA_BYTES))
+    for what, offset, length, first, longest in stretches:
+        lengths = index[length].astype(np.uint64)
+        # Subtracted and not added, because a sum of uint64 wraps.
+        is_outside = (index[offset] < first) | (lengths > shard_bytes) | (lengths > longest)
+        is_outside |= index[offset] > shard_bytes - np.minimum(lengths, shard_bytes)
+        if is_outside.any():
+            row = int(np.flatnonzero(is_outside)[0])
+            raise ShardError(
+                f"{path}: row {row} puts an {what} of {int(index[length][row])} bytes at {int(index[offset][row])}, "
+                f"which its shard of {shard_bytes} bytes does not hold, or more than is read at once; {REMEDY}"
+            )
 
 
 def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
@@ -135,7 +156,7 @@ def read_metadata(descriptor: int, index: NDArray[Any], member_index: int) -> di
         return {}
     try:
         content = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         key = read_key(descriptor, index[member_index], shard_path=Path("shard"))
         raise ShardError(f"sample {key}: its KEY.json is no JSON: {error}; {REMEDY}") from None
     return content if isinstance(content, dict) else {"content": content}
@@ -165,7 +186,13 @@ def _find_json(descriptor: int, key: str, first: int, last: int) -> bytes:
             header = tarfile.TarInfo.frombuf(os.pread(descriptor, HEADER_BYTES, position), "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             break  # the zeros at the end of the tar
-        if split_member_name(header.name) == (key, "json"):
+        most = min(last - position - HEADER_BYTES, MAX_METADATA_BYTES)
+        is_json = split_member_name(header.name) == (key, "json")
+        if header.size < 0 or (is_json and header.size > most):
+            raise ShardError(
+                f"sample {key}: the tar header at byte {position} states {header.size} bytes, at most {most} can be there; {REMEDY}"
+            )
+        if is_json:
             return os.pread(descriptor, header.size, position + HEADER_BYTES)
         position += HEADER_BYTES + -(-header.size // HEADER_BYTES) * HEADER_BYTES
     return b""

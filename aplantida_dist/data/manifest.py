@@ -6,10 +6,18 @@ import hashlib
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import digest, read_json, write_json
@@ -25,6 +33,18 @@ class ManifestError(UserError):
     """A manifest is absent, broken, or at odds with what lies beside it."""
 
 
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""A number of samples or bytes; more than every JSON reader keeps exactly is a mistake."""
+ClassCounts = dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")], Count]
+"""Samples by class index, in decimal as JSON wants its keys to be text."""
+
+
+def _without_nul(url: str) -> str:
+    if "\0" in url or "%00" in url:
+        raise ValueError("holds a NUL, which no path does")
+    return url
+
+
 class Shard(BaseModel):
     """One tar of samples, as the manifest describes it. `name` is a plain file name; the index lies beside it as `.idx`.
 
@@ -35,12 +55,12 @@ class Shard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar$")
-    num_samples: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    num_samples: Count
+    bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     index_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    class_counts: dict[str, int]
-    url: str | None = Field(default=None, pattern=r"^file:///")
+    class_counts: ClassCounts
+    url: Annotated[str, Field(pattern=r"^file:///"), AfterValidator(_without_nul)] | None = None
 
     @property
     def index_name(self) -> str:
@@ -92,9 +112,9 @@ class Manifest(BaseModel):
     version: int
     split: str
     class_map_digest: str
-    num_samples: int = Field(ge=0)
+    num_samples: Count
     identity_digest: str = Field(pattern=r"^[0-9a-f]{16}$")
-    class_counts: dict[str, int]
+    class_counts: ClassCounts
     shards: tuple[Shard, ...] = Field(strict=False)
     licence: str | None = None
     parent: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from aplantida_dist.data.decode import DecodeError, open_picture, to_rgb
+from aplantida_dist.data.index import MAX_PICTURE_BYTES
 from aplantida_dist.shards.looks import is_blank, look_of, mean_colour, shrink
 from aplantida_dist.shards.place import Place
 from aplantida_dist.shards.record import Reason, Record
@@ -16,7 +17,6 @@ from aplantida_dist.shards.workers import map_in_order
 
 KEY_DIGITS = 24
 SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-MAX_PICTURE_BYTES = 512 * 2**20
 MIN_SIDE = 32
 """The side of the smallest picture that is looked at (`looks.SMALL_SIDE`); at 224 pixels it is enlarged seven times already."""
 

@@ -18,12 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aplantida_dist.data.decode import DecodeError
-from aplantida_dist.data.index import IMAGE_SUFFIXES, index_dtype, split_member_name
+from aplantida_dist.data.index import IMAGE_SUFFIXES, MAX_METADATA_BYTES, index_dtype, split_member_name
 from aplantida_dist.data.manifest import Shard
 from aplantida_dist.files import sha256_of_file
 from aplantida_dist.shards.licence import Licence, licence_of
 from aplantida_dist.shards.members import read_tar_members
 from aplantida_dist.shards.reencode import longer_side_of
+
+MAX_LABEL_DIGITS = 10
+"""More has no row of an index room for."""
 
 
 @dataclass(frozen=True, order=True)
@@ -149,7 +152,7 @@ def _read_sample(descriptor: int, sample_key: str, files: list[TarInfo], *, with
     contents = {
         suffix: os.pread(descriptor, file.size, file.offset_data)
         for file, suffix in zip(files, suffixes, strict=True)
-        if suffix in ("cls", "json")
+        if suffix in ("cls", "json") and file.size <= MAX_METADATA_BYTES
     }
     faults = [f"an extra member .{suffix}" for suffix in suffixes if suffix not in (*IMAGE_SUFFIXES, "cls", "json")]
     faults += [f"several members .{suffix}" for suffix in ("cls", "json") if suffixes.count(suffix) > 1]
@@ -157,7 +160,7 @@ def _read_sample(descriptor: int, sample_key: str, files: list[TarInfo], *, with
     if len(images) != 1:
         faults.append(f"{len(images)} image members, expected one")
     label_text = contents.get("cls", b"")
-    label = int(label_text) if label_text.isdigit() else -1
+    label = int(label_text) if len(label_text) <= MAX_LABEL_DIGITS and label_text.isdigit() else -1
     if label < 0:
         faults.append("no class index in KEY.cls")
     metadata = json_object(contents.get("json", b""))
@@ -187,7 +190,7 @@ def json_object(content: bytes) -> dict[str, Any] | None:
     """The object that bytes hold as JSON; None where they hold none."""
     try:
         found = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
+from aplantida_dist.credentials import has_credentials
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import canonical_json
 from aplantida_dist.shards.class_names import class_name_of
@@ -136,6 +137,10 @@ def _read_entries(records_path: Path, image_dir: Path, tally: _Tally) -> Iterato
     for line in read_lines(records_path):
         class_name, licence = _class_name_of(line, tally), _licence_of(line)
         split = tally.splits.split_of(line.content.get("split"), place=line.place)
+        if has_credentials(_text(line, "image_url")):
+            raise LineError(
+                f"{line.place}: its image_url names a user or a password, which the dataset and its reports would show; take it out"
+            )
         places = _places_of(line)
         path = next((path for path in (f"{image_dir}/{inside}" for inside in places) if os.path.exists(path)), None)
         yield _Entry(line, class_name, split, licence, places, path)

@@ -12,6 +12,15 @@ from tarfile import TarInfo
 from typing import Self
 
 WINDOW_BYTES = 4096
+MAX_EXTENDED_BYTES = 2**20
+EXTENDED_TYPES = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+"""Headers whose content tarfile reads at once: names and fields of the next member."""
 _PLAIN_HEADER = re.compile(
     rb"(?P<name>.{100}).{24}(?P<size>[0-7]{11})[\0 ].{12}(?P<checksum>[0-7]{6})[\0 ]."
     rb"0.{100}ustar.{83}\0.{166}",
@@ -36,15 +45,20 @@ def read_tar_members(path: Path) -> TarMembers:
     """
     members: list[TarInfo] = []
     end, fault = 0, None
+    num_bytes = path.stat().st_size
     try:
         with (
             path.open("rb", buffering=0) as file,
             tarfile.open(fileobj=_ByPosition(file), mode="r:", tarinfo=_QuickTarInfo, encoding="utf-8") as tar,
         ):
             for member in tar:
+                if member.isreg() and not member.issparse() and member.offset_data + member.size > num_bytes:
+                    fault = f"is cut: the member at byte {end} should have {member.size} bytes"
+                    break
                 members.append(member)
                 end = tar.offset
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, LookupError, ArithmeticError) as error:
+        # tarfile reads the fields of a pax header without a guard.
         fault = f"is no tar from byte {end} on: {error}"
     return TarMembers(tuple(members), fault or _fault_of_end(path, end))
 
@@ -67,10 +81,13 @@ class _ByPosition(io.RawIOBase):
 
     def __init__(self, file: io.FileIO) -> None:
         self._descriptor = file.fileno()
+        self._num_bytes = os.fstat(self._descriptor).st_size
         self._position = 0
         self._window, self._window_start = b"", 0
 
     def read(self, size: int = -1) -> bytes:
+        # No more than is there: memory is taken before the system is asked.
+        size = min(size, max(self._num_bytes - self._position, 0))
         start = self._position - self._window_start
         if not 0 <= start <= len(self._window) - size:
             self._window = os.pread(self._descriptor, max(size, WINDOW_BYTES), self._position)
@@ -97,7 +114,16 @@ class _QuickTarInfo(TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         plain = _PLAIN_HEADER.fullmatch(buf)
         if plain is None or sum(buf) - sum(buf[148:156]) + 8 * ord(" ") != int(plain["checksum"], 8):
-            return super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
+            if member.size > MAX_EXTENDED_BYTES and member.type in EXTENDED_TYPES:
+                raise tarfile.ReadError(f"a header states a name or fields of {member.size} bytes")
+            return member
         member = cls(plain["name"].partition(b"\0")[0].decode(encoding, errors))
         member.size = int(plain["size"], 8)
         return member
+
+    def _block(self, count: int) -> int:
+        # Of a negative size tarfile makes a step back, without end (CVE-2025-8194, mended in Python 3.11.14).
+        if count < 0:
+            raise tarfile.ReadError(f"a header states {count} bytes")
+        return -(-count // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import escape
+
 from aplantida_dist.data.frequency import MEANING_OF_FREQUENCY
 from aplantida_dist.shards.account import Account, forbids, remarks_of, shortened, split_row, sum_of
 from aplantida_dist.shards.record import MEANING_OF_REASON
@@ -33,7 +35,7 @@ def to_text(account: Account) -> str:
 
 def to_markdown(account: Account) -> str:
     """The account as report.md: the same tables, the classes from rare to frequent, and examples of what was left out."""
-    lines = [f"# What became of `{account.source_name}`", "", f"- {sum_of(account)}"]
+    lines = [f"# What became of `{_code(account.source_name)}`", "", f"- {sum_of(account)}"]
     lines += [f"- {remark}" for remark in remarks_of(account)]
     lines += ["", "| split | samples | classes | shards | MB |", "|---|--:|--:|--:|--:|"]
     for manifest in account.manifests:
@@ -76,7 +78,7 @@ def _examples(account: Account) -> list[str]:
         if files:
             lines += ["", f"### {reason}", ""]
             lines += [
-                f"- `{_cell(shortened(file.source))}`" + (f": {_cell(shortened(file.detail))}" if file.detail else "")
+                f"- `{_code(shortened(file.source))}`" + (f": {_cell(shortened(file.detail))}" if file.detail else "")
                 for file in files[:LISTED_PER_REASON]
             ]
         if len(files) > LISTED_PER_REASON:
@@ -96,5 +98,10 @@ def _class_table(account: Account) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text that neither ends a table cell nor a line."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text that neither ends a table cell nor a line, and is no HTML, which Markdown would pass on."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Text that does not end the code span that it stands in."""
+    return " ".join(text.split()).replace("`", "'")

@@ -21,6 +21,8 @@ from aplantida_dist.shards.members import read_tar_members
 from aplantida_dist.shards.source import IndexedTar, text_of_name
 from aplantida_dist.shards.tar_samples import Misfit, TarSample, find_samples
 
+PICKLE_SUFFIXES = ("pickle", "pkl", "pt", "pth", "pyd")
+
 
 class TarError(UserError):
     """A tar that is damaged, or that changed while it was used."""
@@ -58,6 +60,7 @@ def index_tar(path: Path) -> TarFinding:
             listed = read_tar_members(path)
             if listed.fault:
                 raise TarError(f"{path}: {listed.fault}; fetch it again, or leave it out")
+            _require_no_pickle(path, listed.members)
             samples, misfits = find_samples(listed.members)
             rows, found = _read_samples(path, samples)
             tar = IndexedTar(str(path), status.st_size, status.st_mtime_ns, sha256.result(), rows)
@@ -77,6 +80,16 @@ def require_unchanged(tars: Iterable[IndexedTar]) -> None:
             ) from error
         if (status.st_size, status.st_mtime_ns) != (tar.num_bytes, tar.modified_ns):
             raise TarError(f"{tar.path}: changed while the dataset was built; leave the tars alone and build again")
+
+
+def _require_no_pickle(path: Path, members: Iterable[TarInfo]) -> None:
+    """Nothing here unpickles, but the tar stays where it lies and other readers, webdataset among them, would."""
+    for member in members:
+        suffix = member.name.rpartition(".")[2].lower()
+        if suffix in PICKLE_SUFFIXES:
+            raise TarError(
+                f"{path}: holds {text_of_name(member.name)}: a .{suffix} is read by unpickling, which can run code; write the tar without it"
+            )
 
 
 def _read_samples(path: Path, samples: list[TarSample]) -> tuple[NDArray[Any], list[FoundSample]]:

@@ -9,8 +9,7 @@ from itertools import groupby
 from tarfile import TarInfo
 from typing import NamedTuple
 
-from aplantida_dist.data.index import IMAGE_SUFFIXES, split_member_name
-from aplantida_dist.shards.audit import MAX_PICTURE_BYTES
+from aplantida_dist.data.index import IMAGE_SUFFIXES, MAX_PICTURE_BYTES, split_member_name
 from aplantida_dist.shards.lines import MAX_LINE_BYTES
 from aplantida_dist.shards.record import Reason
 from aplantida_dist.shards.source import text_of_name

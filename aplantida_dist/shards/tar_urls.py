@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -13,6 +14,7 @@ from braceexpand import braceexpand
 from aplantida_dist.errors import UserError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+MAX_TARS = 1_000_000
 _SCHEME = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9+.-]*)://|(?P<command>pipe):")
 
 
@@ -26,9 +28,11 @@ def expand_tar_urls(urls: str) -> tuple[Path, ...]:
     Each is a path or a file:// URL. Raises TarUrlError for what lies elsewhere, is absent, compressed, or stands twice.
     """
     try:
-        expanded = list(braceexpand(urls))
+        expanded = list(islice(braceexpand(urls), MAX_TARS + 1))
     except ValueError:
         raise TarUrlError(f"{urls}: a brace without its partner; write a list as train-{{000..005}}.tar") from None
+    if len(expanded) > MAX_TARS:
+        raise TarUrlError(f"{urls}: names more than {MAX_TARS:,} tars; give them as several --from-tars")
     paths = [path for url in expanded for path in _matching(_local_path(url))]
     for path in paths:
         _require_tar(path)

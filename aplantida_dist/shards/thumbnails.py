@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from aplantida_dist.data.decode import MAX_PIXELS, to_rgb
-from aplantida_dist.shards.audit import MAX_PICTURE_BYTES
+from aplantida_dist.data.index import MAX_PICTURE_BYTES
 from aplantida_dist.shards.place import Place
 
 THUMBNAIL_SIDE = 128

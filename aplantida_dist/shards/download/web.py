@@ -12,6 +12,7 @@ from types import TracebackType
 import httpx2
 
 from aplantida_dist import __version__
+from aplantida_dist.credentials import without_credentials
 from aplantida_dist.shards.download.failure import Failure
 from aplantida_dist.shards.download.manners import Manners, parse_retry_after
 
@@ -128,7 +129,7 @@ def _redirect_of(response: httpx2.Response) -> Redirect | Failure:
     following = response.next_request
     if following is not None and host_of(str(following.url)) is not None:
         return Redirect(str(following.url), response.status_code)
-    target = _short(response.headers["Location"])
+    target = _short(without_credentials(response.headers["Location"]))
     return Failure("lasting", "redirect to no http or https address", target, response.status_code)
 
 
