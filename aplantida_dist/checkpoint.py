@@ -54,6 +54,8 @@ class Position:
     world_size: int
     digests: Mapping[str, str]
     law_fields: Mapping[str, Any]
+    free_fields: Mapping[str, Any] | None
+    """The rest of the config; None in an early checkpoint, so that what has changed of it since is not known."""
     code_version: str
     wandb_run_id: str
     optimizer: Mapping[str, Any]
@@ -178,7 +180,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: {name} has changed since it was written (its sha256 differs); choose another checkpoint"
             )
-    older = {"lineage": None, "nonfinite_steps": 0, "nonfinite_steps_of_run": 0, "train_counts": None}
+    older = {
+        "free_fields": None,
+        "lineage": None,
+        "nonfinite_steps": 0,
+        "nonfinite_steps_of_run": 0,
+        "train_counts": None,
+    }
     fields = older | {key: value for key, value in content.items() if key not in ("format", "files")}
     return Checkpoint(path, Position(**fields), has_ema=EMA_FILE in content["files"])
 

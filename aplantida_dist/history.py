@@ -121,7 +121,9 @@ class Digests(_Strict):
 class Row(_Strict):
     """One line of the history. `epoch` counts from 1; `step` counts completed optimizer updates. A split that was not evaluated is absent.
 
-    `val_ema` is val evaluated with the EMA of the weights, over the same samples; absent where the run keeps none.
+    `val_ema` is val evaluated with the EMA of the weights, over the same samples; absent where the run keeps none. `resumed`
+    stands where the run was resumed within the epoch with something changed: by the step from which it holds, names with the
+    value before and after. A resume that changes nothing leaves no trace here: the row is that of the unbroken run.
     """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
@@ -133,6 +135,7 @@ class Row(_Strict):
     val: EvaluationMetrics | None = None
     val_ema: EvaluationMetrics | None = None
     digests: Digests
+    resumed: dict[str, dict[str, list[Any]]] | None = None
 
     @model_validator(mode="after")
     def _ema_is_evaluated_beside_the_model(self) -> Row:

@@ -14,12 +14,13 @@ PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
     ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "data.frequency"],
-    ["files", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
+    ["files", "lock", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
     ["strict_yaml", "config_sections"],
     [
         "config",
         "history",
         "status",
+        "resumes",
         "lineage",
         "data.classmap",
         "data.index",
