@@ -148,4 +148,4 @@ def _announce(training: Training, run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, outlives_readers=True)

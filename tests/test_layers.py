@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
-    ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "data.frequency"],
+    ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "terminal", "data.frequency"],
     ["files", "lock", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
     ["strict_yaml", "config_sections"],
     [
