@@ -179,7 +179,9 @@ def test_a_process_on_another_machine_holds_its_lock_while_it_touches_it(tmp_pat
     path = tmp_path / "run.lock"
     leave(path, silent_s=3.0, host="node17", machine="another", pid=4321)
     before = path.read_bytes()
-    with pytest.raises(LockError, match=r"process 4321 on node17 works now \(since .*, last sign of it [34] s ago\)") as told:
+    with pytest.raises(
+        LockError, match=r"process 4321 on node17 works now \(since .*, last sign of it [34] s ago\)"
+    ) as told:
         take(path)
     assert f"the lock is free after {SILENT_AFTER_S:.0f} s of silence" in str(told.value)
     assert path.read_bytes() == before
