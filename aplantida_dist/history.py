@@ -17,8 +17,8 @@ HISTORY_FILE = "history.jsonl"
 COLUMNS_FILE = "training_history.json"
 SCHEMA = 1
 
-TIME_FIELDS = ("time_utc", "images_per_s", "wait_fraction")
-"""What two equal runs may differ in: clock and speed. Everything else in a row is reproducible."""
+TIME_FIELDS = ("time_utc", "images_per_s", "wait_fraction", "resumed")
+"""What two equal runs may differ in: clock, speed, and what was changed on the way. Everything else in a row is reproducible."""
 
 
 class HistoryError(UserError):
@@ -293,7 +293,7 @@ def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
 
 
 def without_time(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without its clock and speed fields: what an equal run must reproduce byte for byte."""
+    """A row without its TIME_FIELDS: what an equal run must reproduce byte for byte."""
     return {
         name: without_time(value) if isinstance(value, dict) else value
         for name, value in row.items()
