@@ -71,6 +71,8 @@ class Position:
     world_size: int
     digests: Mapping[str, str]
     law_fields: Mapping[str, Any]
+    free_fields: Mapping[str, Any] | None
+    """The rest of the config; None in an early checkpoint, so that what has changed of it since is not known."""
     code_version: str
     wandb_run_id: str
     optimizer: Annotated[Mapping[str, Any], AfterValidator(_hold_groups_and_scalars)]
@@ -208,6 +210,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 f"{path}: {name} has changed since it was written (its sha256 differs); choose another checkpoint"
             )
     older = {
+        "free_fields": None,
         "lineage": None,
         "nonfinite_steps": 0,
         "nonfinite_steps_of_run": 0,

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from aplantida_dist.credentials import without_credentials
 from aplantida_dist.errors import UserError
+from aplantida_dist.terminal import open_streams
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -60,8 +61,12 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def run_command(command: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit: 0 when it is done, 2 for a `UserError` (one line on stderr), 130 for Ctrl-C."""
+def run_command(command: Callable[[], int | None], *, outlives_readers: bool = False) -> NoReturn:
+    """Run a command and exit: 0 when it is done, 2 for a `UserError` (one line on stderr), 130 for Ctrl-C.
+
+    One whose output nobody reads any more ends, unless it is one that outlives its readers.
+    """
+    open_streams(outlive_readers=outlives_readers)
     try:
         code = command()
     except UserError as error:

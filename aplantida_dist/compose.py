@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from aplantida_dist.freezing import freeze, make_freezing
 from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
 from aplantida_dist.lineage import Lineage
+from aplantida_dist.lock import this_process
 from aplantida_dist.metrics import Totals
 from aplantida_dist.model import pixel_convention
 from aplantida_dist.nonfinite import Watch
@@ -46,12 +48,19 @@ from aplantida_dist.recipe import (
 )
 from aplantida_dist.record import MainRecord, Provenance, Record
 from aplantida_dist.report import new_run_id, open_report
+from aplantida_dist.resumes import RESUMES_FILE, Changes, Resume, note_resume, read_resumes
 from aplantida_dist.rewind import rewind
-from aplantida_dist.run_folder import checkpoints_dir, find_checkpoint, prepare_run_folder, require_same_run
+from aplantida_dist.run_folder import (
+    changed_since,
+    checkpoints_dir,
+    find_checkpoint,
+    prepare_run_folder,
+    require_same_run,
+)
 from aplantida_dist.soft_targets import Coverage, SoftTargets
 from aplantida_dist.spreading import name_blocks
 from aplantida_dist.status import Status
-from aplantida_dist.strict_yaml import dump_yaml
+from aplantida_dist.strict_yaml import dump_yaml, show
 from aplantida_dist.teachers import Teacher, coverage_line, digest_of, seat, write_teachers
 from aplantida_dist.trainer import Job, Running
 from aplantida_dist.world import World
@@ -130,10 +139,12 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
     if ground.checkpoint is not None:
         _restore(ground.checkpoint, world=world, model=model, optimizer=prepared, running=running)
     schedule = schedule_of(config, ground.plan)
+    changed = _changed(config, ground, world=world)
     record = world.agree_across_ranks(
         lambda: _open_record(
             config,
             ground,
+            changed=changed,
             lineage=origin.lineage,
             world=world,
             request=request,
@@ -186,7 +197,8 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
     )
     world.agree_across_ranks(config.require_all_read)
     teacher_lines = [coverage_line(teacher, image_size=config.data.image_size) for teacher in ground.teachers]
-    return Training(job, ground.start_step, running, (*origin.lines, *teacher_lines, *coverage.lines))
+    lines = (*_changed_lines(changed), *origin.lines, *teacher_lines, *coverage.lines)
+    return Training(job, ground.start_step, running, lines)
 
 
 def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
@@ -280,8 +292,35 @@ def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimize
         running.spent_ns, running.waited_ns = position.spent_ns, position.waited_ns
 
 
+def _changed(config: Config, ground: _Ground, *, world: World) -> Changes:
+    """What a resumed run does otherwise than the one that wrote its checkpoint, and may."""
+    if ground.checkpoint is None:
+        return {}
+    return changed_since(
+        ground.checkpoint,
+        world_size=world.world_size,
+        code_version=__version__,
+        free_fields=config.free_fields(),
+        free_defaults=config.free_defaults(),
+    )
+
+
+def _changed_lines(changed: Changes) -> Iterator[str]:
+    """The same for the screen."""
+    if changed:
+        told = "; ".join(f"{name} was {show(old)}, is {show(new)}" for name, (old, new) in changed.items())
+        yield f"changed since the checkpoint, as {RESUMES_FILE} and the history note: {told}"
+
+
 def _open_record(
-    config: Config, ground: _Ground, *, lineage: Lineage, world: World, request: Request, total_steps: int
+    config: Config,
+    ground: _Ground,
+    *,
+    changed: Changes,
+    lineage: Lineage,
+    world: World,
+    request: Request,
+    total_steps: int,
 ) -> Record:
     """Make the run folder, open history, report, progress and status on the main process; the other ranks get silence."""
     report, checkpoint = config.report, config.checkpoint
@@ -304,6 +343,13 @@ def _open_record(
         best_mode=best_mode,
         warn=_warn,
     )
+    resumes = read_resumes(request.run_dir / RESUMES_FILE)
+    if ground.checkpoint is not None or resumes:
+        here = this_process()
+        resume = Resume(
+            from_step=ground.start_step, time_utc=here.since_utc, host=here.host, pid=here.pid, changed=changed
+        )
+        resumes = note_resume(request.run_dir, resume)
     mode, project, name, tags = settings
     return MainRecord(
         history=history,
@@ -323,11 +369,13 @@ def _open_record(
             world_size=world.world_size,
             digests=ground.digests,
             law_fields=config.law_fields(),
+            free_fields=config.free_fields(),
             code_version=__version__,
             wandb_run_id=run_id,
             lineage=lineage,
             train_counts=ground.train_counts,
         ),
+        resumes=resumes,
         keep_last=keep_last,
         best_metric=best_metric,
         best_mode=best_mode,

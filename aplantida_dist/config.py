@@ -104,8 +104,11 @@ class Config(Section):
 
     def law_fields(self) -> dict[str, Any]:
         """The fields that decide the numbers of a run, by dotted name: what a resumed run must find unchanged."""
-        fields = flat(self.to_dict())
-        return {name: value for name, value in fields.items() if FREE.isdisjoint({name, name.partition(".")[0]})}
+        return {name: value for name, value in flat(self.to_dict()).items() if not _is_free(name)}
+
+    def free_fields(self) -> dict[str, Any]:
+        """All the others, by dotted name: a resumed run may change them, and notes that it did."""
+        return {name: value for name, value in flat(self.to_dict()).items() if _is_free(name)}
 
     @staticmethod
     def law_defaults() -> dict[str, Any]:
@@ -113,13 +116,12 @@ class Config(Section):
 
         A new field's default is what the program did before there was the field, so a checkpoint that lacks one holds its default.
         """
-        defaults = {
-            f"{name}.{key}": field.default
-            for name, section in SECTIONS.items()
-            for key, field in section.model_fields.items()
-            if not field.is_required()
-        }
-        return {name: value for name, value in defaults.items() if FREE.isdisjoint({name, name.partition(".")[0]})}
+        return {name: value for name, value in _defaults().items() if not _is_free(name)}
+
+    @staticmethod
+    def free_defaults() -> dict[str, Any]:
+        """The defaults of all the others, by dotted name."""
+        return {name: value for name, value in _defaults().items() if _is_free(name)}
 
     def require_all_read(self) -> None:
         """Raise ConfigError for every field that was set and that nothing has read, such as final_lr of a constant schedule.
@@ -139,6 +141,19 @@ SECTIONS: dict[str, type[Section]] = {
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
 """The sections of a config by name, in their order."""
+
+
+def _is_free(name: str) -> bool:
+    return not FREE.isdisjoint({name, name.partition(".")[0]})
+
+
+def _defaults() -> dict[str, Any]:
+    return {
+        f"{name}.{key}": field.default
+        for name, section in SECTIONS.items()
+        for key, field in section.model_fields.items()
+        if not field.is_required()
+    }
 
 
 def flat(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ HISTORY_FILE = "history.jsonl"
 COLUMNS_FILE = "training_history.json"
 SCHEMA = 1
 
-TIME_FIELDS = ("time_utc", "images_per_s", "wait_fraction")
-"""What two equal runs may differ in: clock and speed. Everything else in a row is reproducible."""
+TIME_FIELDS = ("time_utc", "images_per_s", "wait_fraction", "resumed")
+"""What two equal runs may differ in: clock, speed, and what was changed on the way. Everything else in a row is reproducible."""
 
 
 class HistoryError(UserError):
@@ -123,7 +123,9 @@ class Digests(_Strict):
 class Row(_Strict):
     """One line of the history. `epoch` counts from 1; `step` counts completed optimizer updates. A split that was not evaluated is absent.
 
-    `val_ema` is val evaluated with the EMA of the weights, over the same samples; absent where the run keeps none.
+    `val_ema` is val evaluated with the EMA of the weights, over the same samples; absent where the run keeps none. `resumed`
+    stands where the run was resumed within the epoch with something changed: by the step from which it holds, names with the
+    value before and after. A resume that changes nothing leaves no trace here: the row is that of the unbroken run.
     """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
@@ -135,6 +137,7 @@ class Row(_Strict):
     val: EvaluationMetrics | None = None
     val_ema: EvaluationMetrics | None = None
     digests: Digests
+    resumed: dict[str, dict[str, list[Any]]] | None = None
 
     @model_validator(mode="after")
     def _ema_is_evaluated_beside_the_model(self) -> Row:
@@ -328,7 +331,7 @@ def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
 
 
 def without_time(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without its clock and speed fields: what an equal run must reproduce byte for byte."""
+    """A row without its TIME_FIELDS: what an equal run must reproduce byte for byte."""
     return {
         name: without_time(value) if isinstance(value, dict) else value
         for name, value in row.items()

@@ -15,6 +15,7 @@ from aplantida_dist.history import EvaluationMetrics, History, Row, SplitMetrics
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.progress import Progress
 from aplantida_dist.report import Report
+from aplantida_dist.resumes import Resume, changes_within
 from aplantida_dist.state import State
 from aplantida_dist.status import Phase, Status
 
@@ -26,6 +27,7 @@ class Provenance:
     world_size: int
     digests: Mapping[str, str]
     law_fields: Mapping[str, Any]
+    free_fields: Mapping[str, Any]
     code_version: str
     wandb_run_id: str
     lineage: Lineage
@@ -88,6 +90,7 @@ class MainRecord(Record):
     status: Status
     checkpoints_dir: Path
     provenance: Provenance
+    resumes: Sequence[Resume]
     keep_last: int
     best_metric: str
     best_mode: Literal["min", "max"]
@@ -110,6 +113,9 @@ class MainRecord(Record):
         return path.name
 
     def append(self, row: Row) -> None:
+        before = self.history.rows[-1].step if self.history.rows else 0
+        changed = changes_within(self.resumes, first_step=before, end_step=row.step)
+        row = row.model_copy(update={"resumed": changed}) if changed else row
         self.history.append(row)
         best = self.history.best(self.best_metric, self.best_mode)
         self.report.show(row, best=best)
@@ -129,6 +135,7 @@ class MainRecord(Record):
             world_size=self.provenance.world_size,
             digests=self.provenance.digests,
             law_fields=self.provenance.law_fields,
+            free_fields=self.provenance.free_fields,
             code_version=self.provenance.code_version,
             wandb_run_id=self.provenance.wandb_run_id,
             optimizer=state.optimizer_facts,

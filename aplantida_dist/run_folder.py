@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import write_whole
 from aplantida_dist.history import HISTORY_FILE
+from aplantida_dist.lock import take_lock
 from aplantida_dist.strict_yaml import show
 
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = "run.lock"
+"""Names the process that trains here now."""
 
 
 class RunFolderError(UserError):
@@ -124,6 +128,59 @@ def require_same_run(
             f"{checkpoint.path}: cannot go on, because what decides the numbers has changed: {'; '.join(changed)}; "
             "restore it, or begin a new run with another --run-dir"
         )
+
+
+def changed_since(
+    checkpoint: Checkpoint,
+    *,
+    world_size: int,
+    code_version: str,
+    free_fields: Mapping[str, Any],
+    free_defaults: Mapping[str, Any],
+) -> dict[str, list[Any]]:
+    """What a resumed run does otherwise and may: by name, the value when the checkpoint was written and the one now."""
+    position = checkpoint.position
+    before = {"world_size": position.world_size, "code_version": position.code_version}
+    now = {"world_size": world_size, "code_version": code_version}
+    if position.free_fields is not None:
+        before |= json.loads(json.dumps({**free_defaults, **position.free_fields}))
+        now |= json.loads(json.dumps(free_fields))
+    return {change.name: [change.old, change.new] for change in changes(before, now)}
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder, which is made where there is none: one run at a time writes there. For the main process.
+
+    LockError where another holds it. Nothing is left of a folder that was made for a run that did not begin.
+    """
+    is_new = not run_dir.exists()
+    with ExitStack() as held:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if is_new:
+                held.callback(_remove_empty, run_dir)
+            lock = held.enter_context(
+                take_lock(
+                    run_dir / LOCK_FILE,
+                    doing="trains in this run folder",
+                    remedy="wait until it has ended, stop it, or choose another --run-dir",
+                )
+            )
+        except OSError as error:
+            raise RunFolderError(
+                f"{run_dir}: the run folder cannot be made or locked: {error.strerror}; choose another with --run-dir"
+            ) from error
+        if lock.left is not None:
+            print(
+                f"{run_dir}: {lock.left} ended without a word while it trained here; going on in its place", flush=True
+            )
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _short(digest: str) -> str:

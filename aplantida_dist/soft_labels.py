@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.lineage import Identities
+from aplantida_dist.lock import take_lock
 from aplantida_dist.model import pixel_convention
 from aplantida_dist.origin import unknown_lines
 from aplantida_dist.recipe import decided, evaluation_transform_of, model_of, normalize_of, reading_of
@@ -47,14 +49,38 @@ def main() -> None:
     world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
     labelling = world.agree_across_ranks(lambda: _open(arguments, config, world))
     world.require_equal_across_ranks("the soft labels to write", labelling.facts.model_dump_json())
-    parts = SoftLabelParts(arguments.out.with_name(f"{arguments.out.name}.partial"), labelling.facts)
-    if not world.learn_from_main_across_ranks(lambda: _is_written(arguments.out, labelling.facts)):
-        first_part = world.learn_from_main_across_ranks(parts.begin)
-        write_parts_across_ranks(labelling, parts, world=world, first_part=first_part)
-        world.learn_from_main_across_ranks(lambda: _finish(arguments.out, parts, labelling.seen))
+    with ExitStack() as held:
+        world.learn_from_main_across_ranks(lambda: _hold(held, arguments.out))
+        _write(arguments.out, labelling, world)
     if world.is_main:
         _tell(arguments.out)
     world.close()
+
+
+def _hold(held: ExitStack, path: Path) -> None:
+    """Hold a file's name until the stack is closed: one command at a time writes its parts. For the main process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.enter_context(
+            take_lock(
+                path.with_name(f".{path.name}.lock"),
+                doing="writes these soft labels",
+                remedy="wait until it has ended, or choose another --out",
+            )
+        )
+    except OSError as error:
+        raise SoftLabelError(
+            f"{path}: nothing can be written beside it: {error.strerror}; choose another --out"
+        ) from error
+
+
+def _write(path: Path, labelling: Labelling, world: World) -> None:
+    """Collective. Make the parts that are not there yet, and the file of them all, unless it is there."""
+    parts = SoftLabelParts(path.with_name(f"{path.name}.partial"), labelling.facts)
+    if not world.learn_from_main_across_ranks(lambda: _is_written(path, labelling.facts)):
+        first_part = world.learn_from_main_across_ranks(parts.begin)
+        write_parts_across_ranks(labelling, parts, world=world, first_part=first_part)
+        world.learn_from_main_across_ranks(lambda: _finish(path, parts, labelling.seen))
 
 
 def _open(arguments: argparse.Namespace, config: Config, world: World) -> Labelling:

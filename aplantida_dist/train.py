@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.debug import load_debug_config
 from aplantida_dist.errors import UserError
+from aplantida_dist.run_folder import locked
 from aplantida_dist.strict_yaml import show
 from aplantida_dist.trainer import train
-from aplantida_dist.world import open_world, told_once_a_node
+from aplantida_dist.world import World, open_world, told_once_a_node
 
 EXAMPLE = """\
 example:
@@ -38,6 +40,13 @@ def main() -> None:
         timeout_s=config.train.timeout_s,
         spreads_parameters=config.train.parallel == "fsdp",
     )
+    with ExitStack() as held:
+        world.learn_from_main_across_ranks(lambda: held.enter_context(locked(arguments.run_dir)))
+        _train(arguments, config, world)
+
+
+def _train(arguments: argparse.Namespace, config: Config, world: World) -> None:
+    """Collective. The run from its composition to its end, in a run folder that is held."""
     if arguments.debug:
         torch.autograd.set_detect_anomaly(True)
     request = Request(
@@ -139,4 +148,4 @@ def _announce(training: Training, run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, outlives_readers=True)

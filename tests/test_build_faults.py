@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,9 +22,10 @@ from pictures import build, digests_of, draw, fill, put
 from aplantida_dist.data.manifest import Reencoding
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import append_line, write_whole
+from aplantida_dist.lock import LockError
 from aplantida_dist.shards.behind import Behind
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
-from aplantida_dist.shards.claim import ClaimError, claimed, find_replaced
+from aplantida_dist.shards.claim import claimed, find_replaced
 from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.placement import PlacementError
 from aplantida_dist.shards.verify import VerifyError, verify_dataset
@@ -180,7 +182,7 @@ def test_two_builds_of_one_dataset_do_not_meet(tmp_path: Path, source: Path) -> 
         refused = run(*arguments, tmp_path / "set")
         assert refused.returncode == 2
         assert refused.stderr.count("\n") == 1
-        assert f"process {os.getpid()} builds this dataset now" in refused.stderr
+        assert f"process {os.getpid()} on {socket.gethostname()} builds this dataset now" in refused.stderr
         assert unfinished.exists()
         assert run(*arguments, tmp_path / "set.2").returncode == 0
     assert run(*arguments, tmp_path / "set").returncode == 0
@@ -200,7 +202,7 @@ def test_a_name_is_held_by_one_at_a_time(tmp_path: Path) -> None:
                     time.sleep(0.001)
                     overlaps.extend(inside[1:])
                     inside.pop()
-            except ClaimError:
+            except LockError:
                 pass
 
     threads = [threading.Thread(target=claim_often) for _ in range(6)]

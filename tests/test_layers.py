@@ -13,13 +13,25 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
-    ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "credentials", "data.frequency"],
-    ["files", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
+    [
+        "errors",
+        "seeds",
+        "schedule",
+        "loss",
+        "progress",
+        "pace",
+        "web_page",
+        "credentials",
+        "terminal",
+        "data.frequency",
+    ],
+    ["files", "lock", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
     ["strict_yaml", "config_sections", "seal"],
     [
         "config",
         "history",
         "status",
+        "resumes",
         "lineage",
         "data.classmap",
         "data.index",

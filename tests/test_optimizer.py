@@ -59,6 +59,7 @@ def saved(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> P
         world_size=1,
         digests={},
         law_fields={},
+        free_fields=None,
         code_version="",
         wandb_run_id="",
         optimizer=facts,

@@ -114,7 +114,7 @@ def _read_run(record: Path, *, name: str, num_classes: int | None) -> Curves:
         num_classes=known or num_classes,
         num_classes_from=_classes_from(known, num_classes),
         rows=tuple(rows),
-        config_text=config_path.read_text(errors="replace") if config_path.is_file() else "",
+        config_text=config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else "",
         clean=_split_of([row.val and row.val.clean for row in rows]),
         leaked=tuple(row.val.leaked_samples if row.val else None for row in rows),
         ema=_split_of(

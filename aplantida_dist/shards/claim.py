@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from aplantida_dist.errors import UserError
+from aplantida_dist.lock import take_lock
 
 
 class ClaimError(UserError):
@@ -20,30 +20,29 @@ class ClaimError(UserError):
 
 @contextmanager
 def claimed(dataset_dir: Path) -> Iterator[None]:
-    """Hold a dataset's name while it is built. ClaimError where another process holds it, or no file can be made beside it.
+    """Hold a dataset's name while it is built. LockError where another process holds it, ClaimError where no file can be made beside it.
 
-    The system lets go of the name when the process ends, however it ends: so all that lies beside it once it is held was left
-    by builds that were killed. A dataset that was being replaced gets its name back; what was half built is removed.
+    All that lies beside the name once it is held was left by builds that were killed. A dataset that was being replaced gets
+    its name back; what was half built is removed.
     """
-    lock_path = dataset_dir.with_name(f".{dataset_dir.name}.lock")
-    try:
-        dataset_dir.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(lock_path)
+    with ExitStack() as held:
         try:
-            _sign(descriptor, dataset_dir)
+            dataset_dir.parent.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(
+                dataset_dir.with_name(f".{dataset_dir.name}.lock"),
+                doing="builds this dataset",
+                remedy="wait until it has ended, or choose another --out",
+            )
+            held.enter_context(lock)
+            if lock.left is not None:
+                _tell(f"{dataset_dir}: {lock.left} was killed while it built this dataset; starting clean")
             _restore_replaced(dataset_dir)
             _remove_unfinished(dataset_dir)
-        except BaseException:
-            _unlock(descriptor, lock_path)
-            raise
-    except OSError as error:
-        raise ClaimError(
-            f"{dataset_dir}: nothing can be written beside it: {error.strerror}; choose another --out"
-        ) from error
-    try:
+        except OSError as error:
+            raise ClaimError(
+                f"{dataset_dir}: nothing can be written beside it: {error.strerror}; choose another --out"
+            ) from error
         yield
-    finally:
-        _unlock(descriptor, lock_path)
 
 
 def partial_dir_of(dataset_dir: Path) -> Path:
@@ -60,52 +59,6 @@ def find_replaced(dataset_dir: Path) -> Path | None:
     """The dataset that a killed replacement left without its name; None where the name is taken or there is none."""
     left = _left_beside(dataset_dir, "replaced")
     return None if os.path.lexists(dataset_dir) or not left else left[0]
-
-
-def _lock(lock_path: Path) -> int:
-    """Open and lock the file that names who builds. The lock is the system's; a killed build leaves the file, and no lock."""
-    while True:
-        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it may have removed the file since it was opened here: then the lock is on nothing.
-            if _is_still(lock_path, descriptor):
-                return descriptor
-        except BlockingIOError:
-            holder = _holder_of(descriptor)
-            os.close(descriptor)
-            raise ClaimError(
-                f"{lock_path}: process {holder} builds this dataset now; wait until it has ended, or choose another --out"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _unlock(descriptor: int, lock_path: Path) -> None:
-    lock_path.unlink(missing_ok=True)
-    os.close(descriptor)
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _holder_of(descriptor: int) -> str:
-    return os.pread(descriptor, 20, 0).decode("ascii", "replace")
-
-
-def _sign(descriptor: int, dataset_dir: Path) -> None:
-    """Put the number of this process into the lock file. Another's that stands there is that of a killed build."""
-    killed = _holder_of(descriptor)
-    if killed:
-        _tell(f"{dataset_dir}: process {killed} was killed while it built this dataset; starting clean")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
 
 
 def _restore_replaced(dataset_dir: Path) -> None:
