@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from aplantida_dist.errors import UserError
+from aplantida_dist.signals import INTERRUPTED_CODE
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -60,7 +62,7 @@ def _number(text: str) -> float:
 
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit: 0 when it is done, 2 for a `UserError` (one line on stderr), 130 for Ctrl-C."""
+    """Run a command and exit: with its own code or 0 when it is done, 2 for a `UserError` (one line on stderr), 130 for Ctrl-C."""
     try:
         code = command()
     except UserError as error:
@@ -68,8 +70,9 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED_CODE)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); closing stderr keeps the interpreter from complaining at exit.
         sys.stderr.close()

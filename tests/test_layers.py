@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
-    ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "data.frequency"],
+    ["errors", "seeds", "signals", "schedule", "loss", "progress", "pace", "web_page", "data.frequency"],
     ["files", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
-    ["strict_yaml", "config_sections"],
+    ["strict_yaml", "config_sections", "interruption"],
     [
         "config",
         "history",
