@@ -11,22 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import Finished, _run_module, run_ranks
+from tests.ranks import Finished, run_module, run_ranks
 
 
 @dataclass(frozen=True)
 class Stop:
-    """A signal that some ranks send themselves in their call number `call` (from 1) of `place`, a module's function.
-
-    `repeats` further ones follow `after_s` apart. `changes` are mutants: a place, and what stands there instead.
-    """
+    """A signal that some ranks send themselves in their call number `call` (from 1) of `place`, a module's function."""
 
     place: str
     call: int
     number: signal.Signals
     ranks: tuple[int, ...]
-    repeats: int = 0
-    after_s: float = 0.0
 
 
 NEVER = Stop("aplantida_dist.trainer:run_step", 0, signal.SIGTERM, ())
@@ -54,6 +49,7 @@ def train_until(
 def command_until(
     stop: Stop, module: str, arguments: Sequence[Any], *, world_size: int, folder: Path, mutants: Any = ()
 ) -> list[Stopped]:
+    """Run a command on forked ranks with a stop in it. `mutants` are further places, each with what makes a mutant of the original."""
     outputs = [(folder / f"stdout_{rank}", folder / f"stderr_{rank}") for rank in range(world_size)]
     told = run_ranks(world_size, _run, stop, module, [str(argument) for argument in arguments], outputs, mutants)
     return [
@@ -64,27 +60,26 @@ def command_until(
 
 def _run(stop: Stop, module: str, arguments: list[str], outputs: Any, mutants: Any) -> tuple[int, int, float]:
     for place, change in mutants:
-        _replace(place, change)
+        replace(place, change)
     calls: list[float] = []
 
     def with_signal(original: Any) -> Any:
         def call(*given: Any, **named: Any) -> Any:
             calls.append(time.monotonic())
             if len(calls) == stop.call and int(os.environ["RANK"]) in stop.ranks:
-                for turn in range(1 + stop.repeats):
-                    time.sleep(stop.after_s if turn else 0.0)
-                    os.kill(os.getpid(), stop.number)
+                os.kill(os.getpid(), stop.number)
             return original(*given, **named)
 
         return call
 
-    _replace(stop.place, with_signal)
-    code = _run_module(module, arguments, outputs)
+    replace(stop.place, with_signal)
+    code = run_module(module, arguments, outputs)
     is_hit = 0 < stop.call <= len(calls)
     return code, len(calls) - stop.call, time.monotonic() - calls[stop.call - 1] if is_hit else -1.0
 
 
-def _replace(place: str, change: Any) -> None:
+def replace(place: str, change: Any) -> None:
+    """Put what `change` makes of a module's function into its place, in this process."""
     module_name, name = place.split(":")
     module = importlib.import_module(module_name)
     setattr(module, name, change(getattr(module, name)))
