@@ -22,6 +22,7 @@ from tests.faults.stops import NEVER, Stop, command_until, replace, train_until
 from tests.ranks import FORK, become_rank, free_port, run_module
 from tests.runs import write_config
 from tests.test_resume import assert_same_run, processes_of, settle, wait_for_step
+from tests.test_wandb import runs_of
 
 STEP, EVALUATION = "aplantida_dist.trainer:run_step", "aplantida_dist.evaluation:cross_entropy"
 CHECKPOINT, STARTUP = "aplantida_dist.checkpoint:save_file", "aplantida_dist.compose:transforms_of"
@@ -206,6 +207,7 @@ def test_the_other_commands_end_at_once(
     holds="each ends within the grace period of 30 s with status.json saying stopped; no process is left; no page of traceback from a rank; the end is the unbroken run's",
 )
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_a_launcher_that_is_signalled_stops_its_ranks(
     dataset_dir: Path, tmp_path: Path, fired: Fired, launcher: str
@@ -237,7 +239,7 @@ def test_a_launcher_that_is_signalled_stops_its_ranks(
         assert said.count("stopping at the next step boundary") == 1
         settle(run_dir)
     process = launch(launcher, config, run_dir, output)
-    assert process.wait(timeout=250) == 0, output.read_text()
+    assert process.wait(timeout=900) == 0, output.read_text()
     assert_same_run(tmp_path / "whole", run_dir)
     fired(f"6 stops, {min(seconds):.1f} to {max(seconds):.1f} s from signal to the launcher's end")
 
@@ -270,3 +272,14 @@ def launch(launcher: str, config: Path, run_dir: Path, output: Path) -> subproce
     }
     with output.open("wb") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def test_wandb_hears_that_the_run_will_go_on(dataset_dir: Path, tmp_path: Path) -> None:
+    """The offline run is marked as preempting and ends with the command's code."""
+    config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=1)
+    stop = Stop(STEP, 2, signal.SIGTERM, (0,))
+    ranks = train_until(stop, world_size=1, config=config, run_dir=tmp_path / "run", overrides=["report.wandb=offline"])
+    assert ranks[0].finished.code == STOPPED_CODE
+    (records,) = runs_of(tmp_path / "run")
+    assert [record["type"] for record in records if record["type"] == "preempting"] == ["preempting"]
+    assert next(record["exit"]["exit_code"] for record in records if record["type"] == "exit") == STOPPED_CODE
