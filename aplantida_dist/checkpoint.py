@@ -157,10 +157,12 @@ def save_checkpoint(
         files = {name: sha256_of_file(beside / name) for name in (*stored, SEEN_FILE)}
         write_json(beside / POSITION_FILE, sealed({"format": FORMAT, **asdict(position), "files": files}))
         sync_folder(beside)
-        if path.exists():
-            shutil.rmtree(path)
+        before = checkpoints_dir / f".{path.name}.{os.getpid()}.before.part"
+        if path.exists():  # one that a stopped run left while it evaluated
+            os.replace(path, before)
         os.replace(beside, path)
         sync_folder(checkpoints_dir)
+        shutil.rmtree(before, ignore_errors=True)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from aplantida_dist.credentials import without_credentials
 from aplantida_dist.errors import UserError
+from aplantida_dist.signals import INTERRUPTED_CODE
 from aplantida_dist.terminal import open_streams
 
 
@@ -62,7 +64,7 @@ def _number(text: str) -> float:
 
 
 def run_command(command: Callable[[], int | None], *, outlives_readers: bool = False) -> NoReturn:
-    """Run a command and exit: 0 when it is done, 2 for a `UserError` (one line on stderr), 130 for Ctrl-C.
+    """Run a command and exit: with its own code or 0 when it is done, 2 for a `UserError` (one line on stderr), 130 for Ctrl-C.
 
     One whose output nobody reads any more ends, unless it is one that outlives its readers.
     """
@@ -74,8 +76,9 @@ def run_command(command: Callable[[], int | None], *, outlives_readers: bool = F
             print(f"error: {without_credentials(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED_CODE)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); closing stderr keeps the interpreter from complaining at exit.
         sys.stderr.close()

@@ -23,6 +23,7 @@ from aplantida_dist.execution import synchronize_batchnorm
 from aplantida_dist.freezing import freeze, make_freezing
 from aplantida_dist.history import History
 from aplantida_dist.init_from import Beginning, begin_with, write_beginning
+from aplantida_dist.interruption import Interruption
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.lock import this_process
 from aplantida_dist.metrics import Totals
@@ -57,6 +58,7 @@ from aplantida_dist.run_folder import (
     prepare_run_folder,
     require_same_run,
 )
+from aplantida_dist.signals import Listener
 from aplantida_dist.soft_targets import Coverage, SoftTargets
 from aplantida_dist.spreading import name_blocks
 from aplantida_dist.status import Status
@@ -107,8 +109,14 @@ class _Ground:
     def start_step(self) -> int:
         return 0 if self.checkpoint is None else self.checkpoint.position.step
 
+    @property
+    def recorded_step(self) -> int:
+        """The last step that a row may tell of: with the totals of its epoch a checkpoint was saved before the epoch's row."""
+        is_before_row = self.checkpoint is not None and bool(self.checkpoint.totals().any())
+        return self.start_step - 1 if is_before_row else self.start_step
 
-def compose_across_ranks(config: Config, *, world: World, request: Request) -> Training:
+
+def compose_across_ranks(config: Config, *, world: World, request: Request, listener: Listener) -> Training:
     """Collective. Put a training together; any rank's UserError is raised on all of them before a step is taken."""
     ground = world.agree_across_ranks(lambda: _lay_ground(config, world=world, request=request))
     world.require_equal_across_ranks(
@@ -186,6 +194,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request) -> T
         clip_norm=config.train.clip_norm,
         nonfinite=nonfinite_policy_of(config),
         stopping=stopping,
+        interruption=Interruption(world, listener),
         metrics_to_hold=(config.checkpoint.best_metric, *([] if stopping is None else [stopping.metric])),
         freezing=freezing,
         clip_agc=config.train.clip_agc,
@@ -339,6 +348,7 @@ def _open_record(
         checkpoints_dir(request.run_dir),
         history=history,
         checkpoint=ground.checkpoint,
+        recorded_step=ground.recorded_step,
         best_metric=best_metric,
         best_mode=best_mode,
         warn=_warn,

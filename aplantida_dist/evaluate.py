@@ -29,6 +29,7 @@ from aplantida_dist.other_classes import CHOICES, labels_in_run, without_others
 from aplantida_dist.recipe import decided, evaluation_transform_of, model_of, normalize_of, reading_of
 from aplantida_dist.record import classes_text, clean_text
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
+from aplantida_dist.signals import end_like_ctrl_c
 from aplantida_dist.world import World, open_world, told_once_a_node
 
 EXAMPLE = """\
@@ -39,6 +40,7 @@ example:
 
 def main() -> None:
     """Evaluate a checkpoint on a split and print, or write, its metrics."""
+    end_like_ctrl_c()
     with told_once_a_node():
         arguments = _parse_arguments()
         config = load_config(arguments.run / CONFIG_FILE, arguments.overrides)
@@ -67,6 +69,7 @@ def main() -> None:
             normalize=normalize_of(config, pixels, world),
             reading=reading_of(config, world),
             leaked=leaked,
+            between_rounds=lambda: None,
             write_predictions=_writer(arguments.predictions, world, files) if arguments.predictions else None,
         )
     metrics = as_evaluation_metrics(

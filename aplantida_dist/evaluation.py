@@ -47,6 +47,7 @@ def evaluate_across_ranks(
     micro_batch_size: int,
     reading: Reading,
     leaked: Identities,
+    between_rounds: Callable[[], None],
     write_predictions: Callable[[str], Any] | None = None,
 ) -> Evaluation:
     """Collective. Evaluate a bare model (not wrapped in DDP) on every sample of a split; each rank returns the same metrics.
@@ -54,7 +55,8 @@ def evaluate_across_ranks(
     The loss is the plain cross-entropy. What a micro-batch holds does not depend on the number of ranks, so on one kind
     of device neither do the totals, to the last bit. `write_predictions` gets one JSON line a sample, in the stored
     order, on the main process; it is given on every rank or on none. `leaked` names the samples that the weights
-    had been trained on: int64 [n], ascending, maybe none. Raises CoverageError, StreamError.
+    had been trained on: int64 [n], ascending, maybe none. `between_rounds` is called equally often on every rank, and
+    may raise to leave. Raises CoverageError, StreamError.
     """
     plan = StoredPlan(split.shard_sizes, micro_batch_size)
     slots = plan.slots_of(world.rank, world.world_size)
@@ -65,6 +67,7 @@ def evaluate_across_ranks(
     model.eval()
     with torch.no_grad():
         for read in stream(micro_batches, [Coordinates(0, 0, slot) for slot in slots], reading=reading):
+            between_rounds()
             batch = read.to(world.device)
             logits = model(normalize(batch.images)).float()
             losses = cross_entropy(logits, batch.labels)

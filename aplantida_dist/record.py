@@ -73,8 +73,8 @@ class Record:
     def save(self, state: State, *, step: int, epoch: int, so_far: EpochSoFar, scaler: Mapping[str, Any]) -> None:
         """Write a checkpoint of the state after `step` completed updates."""
 
-    def finish(self) -> None:
-        """Close the views; the record itself is on disk already."""
+    def finish(self, *, exit_code: int) -> None:
+        """Close the views, and tell them how the command is about to end; the record itself is on disk already."""
 
     def fail(self, reason: str) -> None:
         """Leave word of an error that ends the run."""
@@ -165,9 +165,9 @@ class MainRecord(Record):
             point_to_best(checkpoint, best, best_metric=self.best_metric, best_mode=self.best_mode)
         retain(self.checkpoints_dir, keep_last=self.keep_last)
 
-    def finish(self) -> None:
+    def finish(self, *, exit_code: int) -> None:
         self.progress.close()
-        self.report.finish()
+        self.report.finish(exit_code=exit_code)
 
     def fail(self, reason: str) -> None:
         self.progress.close()

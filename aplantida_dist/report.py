@@ -12,6 +12,7 @@ import wandb
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.history import COLUMNS_FILE, HISTORY_FILE, Row
+from aplantida_dist.signals import STOPPED_CODE
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0
@@ -28,8 +29,8 @@ class Report(Protocol):
     def show(self, row: Row, *, best: Row | None) -> None:
         """Show a row that the history holds, and which row is the best so far."""
 
-    def finish(self) -> None:
-        """Hand over what is left and the files of the record. Returns within its budget."""
+    def finish(self, *, exit_code: int) -> None:
+        """Hand over what is left, the files of the record and how the command ends. Returns within its budget."""
 
 
 class NullReport:
@@ -38,7 +39,7 @@ class NullReport:
     def show(self, row: Row, *, best: Row | None) -> None:
         """Nothing."""
 
-    def finish(self) -> None:
+    def finish(self, *, exit_code: int) -> None:
         """Nothing."""
 
 
@@ -58,14 +59,16 @@ class WandbReport:
         if best is not None:
             self._run.summary.update({f"best/{name}": value for name, value in flatten(best.to_json()).items()})
 
-    def finish(self) -> None:
+    def finish(self, *, exit_code: int) -> None:
         """Keep config, class map and history as an artifact of the run, and close it."""
         artifact = wandb.Artifact(f"history-{self._run.id}", type="history")
         for name in ("config.yaml", "classes.json", HISTORY_FILE, COLUMNS_FILE):
             if (self._run_dir / name).exists():
                 artifact.add_file(str(self._run_dir / name), name=name)
         self._run.log_artifact(artifact)
-        self._run.finish()
+        if exit_code == STOPPED_CODE:
+            self._run.mark_preempting()
+        self._run.finish(exit_code=exit_code)
 
 
 def new_run_id() -> str:

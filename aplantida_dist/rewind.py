@@ -22,34 +22,35 @@ def rewind(
     *,
     history: History,
     checkpoint: Checkpoint | None,
+    recorded_step: int,
     best_metric: str,
     best_mode: Literal["min", "max"],
     warn: Callable[[str], None],
 ) -> None:
     """Make history, checkpoints and pointers those of the moment when a checkpoint was saved; None is the beginning.
 
-    Rows beyond it go to history.cut.jsonl, checkpoints beyond it to checkpoints/aside/. Raises HistoryError, before anything is moved,
+    `recorded_step` is the last one that a row may tell of then. Rows beyond it go to history.cut.jsonl, checkpoints beyond it to checkpoints/aside/. Raises HistoryError, before anything is moved,
     where a line that the checkpoint knows has changed since.
     """
     step = 0 if checkpoint is None else checkpoint.position.step
     if checkpoint is not None:
-        _require_known_history(history, checkpoint)
+        _require_known_history(history, checkpoint, recorded_step=recorded_step)
     for folder in _put_aside_beyond(checkpoints_dir, step):
         warn(f"{folder.name} lies beyond the checkpoint of step {step}; it was moved to {folder.parent}")
-    if cut := history.cut_after(step):
+    if cut := history.cut_after(recorded_step):
         warn(f"{cut} rows of the history lie beyond the checkpoint of step {step}; they will be written again")
     if checkpoint is not None:
         point_to(checkpoints_dir, "last", checkpoint.path, step=step)
         _mend_best(checkpoints_dir, history, best_metric=best_metric, best_mode=best_mode, warn=warn)
 
 
-def _require_known_history(history: History, checkpoint: Checkpoint) -> None:
+def _require_known_history(history: History, checkpoint: Checkpoint, *, recorded_step: int) -> None:
     """Every line that the checkpoint knows is as it was, and none was put among them."""
     known = checkpoint.position.history
     if known is None:
         return
     history.require_unchanged(known, since=checkpoint.path)
-    num_rows = sum(row.step <= checkpoint.position.step for row in history.rows)
+    num_rows = sum(row.step <= recorded_step for row in history.rows)
     if num_rows != len(known):
         raise HistoryError(
             f"{history.path}: line {len(known) + 1} was added since {checkpoint.path} was saved; take it out or start a new run folder"

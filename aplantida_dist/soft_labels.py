@@ -21,6 +21,7 @@ from aplantida_dist.model import pixel_convention
 from aplantida_dist.origin import unknown_lines
 from aplantida_dist.recipe import decided, evaluation_transform_of, model_of, normalize_of, reading_of
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
+from aplantida_dist.signals import end_like_ctrl_c
 from aplantida_dist.soft_label_file import (
     Preprocessing,
     SoftLabelError,
@@ -43,6 +44,7 @@ The same command again goes on where it stopped, on any number of processes.
 
 def main() -> None:
     """Store what a checkpoint says of every sample of a split."""
+    end_like_ctrl_c()
     with told_once_a_node():
         arguments = _parse_arguments()
         config = load_config(arguments.run / CONFIG_FILE, arguments.overrides)

@@ -14,7 +14,7 @@ from aplantida_dist.files import write_json
 STATUS_FILE = "status.json"
 WRITE_EVERY_S = 5.0
 
-Phase = Literal["training", "evaluating", "saving", "done", "failed"]
+Phase = Literal["training", "evaluating", "saving", "done", "stopped", "failed"]
 
 
 class Status:

@@ -16,7 +16,10 @@ from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.debug import load_debug_config
 from aplantida_dist.errors import UserError
+from aplantida_dist.interruption import Interrupted
+from aplantida_dist.record import Record
 from aplantida_dist.run_folder import locked
+from aplantida_dist.signals import STOPPED_CODE, Listener
 from aplantida_dist.strict_yaml import show
 from aplantida_dist.trainer import train
 from aplantida_dist.world import World, open_world, told_once_a_node
@@ -30,8 +33,10 @@ The same command again goes on where the run stopped. launch/ holds a script for
 """
 
 
-def main() -> None:
-    """Train as the config says."""
+def main() -> int:
+    """Train as the config says. The exit code: 0 where the run is done, STOPPED_CODE where it stopped on request."""
+    listener = Listener()
+    listener.listen()
     with told_once_a_node():
         arguments = _parse_arguments()
         config = _load(arguments)
@@ -42,11 +47,11 @@ def main() -> None:
     )
     with ExitStack() as held:
         world.learn_from_main_across_ranks(lambda: held.enter_context(locked(arguments.run_dir)))
-        _train(arguments, config, world)
+        return _train(arguments, config, world=world, listener=listener)
 
 
-def _train(arguments: argparse.Namespace, config: Config, world: World) -> None:
-    """Collective. The run from its composition to its end, in a run folder that is held."""
+def _train(arguments: argparse.Namespace, config: Config, *, world: World, listener: Listener) -> int:
+    """Collective. The run from its composition to its end, in a run folder that is held; returns the exit code."""
     if arguments.debug:
         torch.autograd.set_detect_anomaly(True)
     request = Request(
@@ -57,7 +62,7 @@ def _train(arguments: argparse.Namespace, config: Config, world: World) -> None:
         allow_leak=arguments.allow_leak,
     )
     config = decide_micro_batch_size_across_ranks(config, world=world, request=request)
-    training = compose_across_ranks(config, world=world, request=request)
+    training = compose_across_ranks(config, world=world, request=request, listener=listener)
     if world.is_main:
         _announce(training, arguments.run_dir)
     try:
@@ -65,12 +70,28 @@ def _train(arguments: argparse.Namespace, config: Config, world: World) -> None:
     except UserError as error:
         training.job.record.fail(str(error))
         raise
-    training.job.record.finish()
+    except Interrupted:
+        _finish_stopped_across_ranks(training.job.record, world=world, listener=listener)
+        return STOPPED_CODE
+    training.job.record.finish(exit_code=0)
     world.close()
     if world.is_main:
         print(
             f"done: {arguments.run_dir}; see it with `python -m aplantida_dist.analyze {arguments.run_dir}`", flush=True
         )
+    return 0
+
+
+def _finish_stopped_across_ranks(record: Record, *, world: World, listener: Listener) -> None:
+    """Collective. Close what is open. A rank that left before the main process is done would have the launcher end that one."""
+
+    def finish() -> None:
+        record.finish(exit_code=STOPPED_CODE)
+        listener.rest()
+
+    world.learn_from_main_across_ranks(finish)
+    listener.rest()
+    world.close()
 
 
 def _parse_arguments() -> argparse.Namespace:

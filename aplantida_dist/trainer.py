@@ -22,6 +22,7 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.evaluation import as_evaluation_metrics, as_split_metrics, evaluate_across_ranks
 from aplantida_dist.freezing import Freezing
 from aplantida_dist.history import EvaluationMetrics, make_row
+from aplantida_dist.interruption import Interrupted, Interruption
 from aplantida_dist.lineage import Identities
 from aplantida_dist.metrics import Totals, compute, require_coverage
 from aplantida_dist.mixing import Mixing
@@ -78,6 +79,7 @@ class Job:
     teachers: Teachers
     nonfinite: NonFinitePolicy
     stopping: Stopping | None
+    interruption: Interruption
     metrics_to_hold: tuple[str, ...]
     freezing: Freezing
     missing_soft_labels: int
@@ -92,13 +94,18 @@ class Job:
 
 @dataclass
 class Running:
-    """The epoch in progress on this rank: its totals and its clocks. What a checkpoint brought lies on the main process."""
+    """The epoch in progress on this rank: its totals and its clocks. What a checkpoint brought lies on the main process.
+
+    done, saved_step: the completed steps of the run, and of its last checkpoint; the same on every rank.
+    """
 
     totals: Totals
     train_s: float = 0.0
     spent_ns: int = 0
     waited_ns: int = 0
     watch: Watch = field(default_factory=Watch)
+    done: int = 0
+    saved_step: int = 0
 
     def reset(self) -> None:
         """Begin the next epoch."""
@@ -110,19 +117,32 @@ class Running:
 def train(job: Job, *, start_step: int, running: Running) -> None:
     """Collective. Run the steps from `start_step` to the schedule's end, or to where the config's `stopping` ends it.
 
-    A row is recorded before the checkpoint that follows it, and both before anything that could hang.
+    A row is recorded before the checkpoint that follows it, and both before anything that could hang. Asked to stop, all
+    ranks save the same step and raise Interrupted.
     """
+    running.done = running.saved_step = start_step
+    try:
+        job.interruption.poll_across_ranks()
+        _finish_epoch_left_open(job, running, start_step)
+        if not _stops_early(job, start_step):
+            _run_steps(job, running, start_step)
+    except Interrupted as interrupted:
+        _leave(job, running, interrupted)
+        raise
+
+
+def _run_steps(job: Job, running: Running, start_step: int) -> None:
+    """Collective. The steps, and after each what is due."""
     total_steps = job.schedule.total_steps
-    if _stops_early(job, start_step):
-        return
     batches = read_ahead(job, start_step)
     job.freezing.set_modes(job.model, start_step)
     started_s = time.monotonic()
     for step in range(start_step, total_steps):
+        job.interruption.poll_across_ranks()
         if job.freezing.changes_at(step):
             job.freezing.set_modes(job.model, step)
         run_step(job, batches, running, step)
-        done = step + 1
+        running.done = done = step + 1
         ends_epoch = done % job.plan.steps_per_epoch == 0
         if done % job.log_every_steps == 0 or ends_epoch:
             seconds_a_step = (time.monotonic() - started_s) / (done - start_step)
@@ -243,6 +263,31 @@ def _show_progress(job: Job, running: Running, done: int, *, eta_s: float) -> No
     job.record.tell("training", epoch=epoch, step=done, images_per_s=round(images_per_s, 1), eta_s=round(eta_s))
 
 
+def _finish_epoch_left_open(job: Job, running: Running, start_step: int) -> None:
+    """Collective. Evaluate and record the epoch of a checkpoint that was saved between an epoch's last step and its row.
+
+    Its totals tell: they are zero once the epoch has its row. The main process has them.
+    """
+    is_open = job.world.learn_from_main_across_ranks(lambda: bool(running.totals.vector.any()))
+    if is_open and start_step % job.plan.steps_per_epoch == 0:
+        _finish_epoch(job, running, start_step)
+
+
+def _leave(job: Job, running: Running, interrupted: Interrupted) -> None:
+    """Collective. Save the last completed step, unless it is saved, and say how the run goes on."""
+    if running.saved_step != running.done:
+        _save(job, running, running.done)
+    job.record.tell(
+        "stopped",
+        epoch=running.done // job.plan.steps_per_epoch,
+        step=running.done,
+        signal=interrupted.signal_name,
+        checkpoint_step=running.saved_step or None,
+    )
+    saved = f"its checkpoint is saved after step {running.done}" if running.done else "no step was done"
+    job.record.say(f"stopped by {interrupted.signal_name}: {saved}; the same command goes on from there")
+
+
 def _finish_epoch(job: Job, running: Running, done: int) -> None:
     """Collective. Evaluate, record, then save the checkpoint of what was recorded."""
     epoch = done // job.plan.steps_per_epoch
@@ -333,6 +378,7 @@ def _evaluate_model(job: Job, bare_model: nn.Module, split: Split) -> Evaluation
         micro_batch_size=job.evaluation_micro_batch_size,
         reading=job.reading,
         leaked=job.leaked,
+        between_rounds=job.interruption.poll_across_ranks,
     )
     return as_evaluation_metrics(evaluation, expected_samples=split.num_samples, train_counts=job.train_counts)
 
@@ -356,6 +402,7 @@ def _save(job: Job, running: Running, done: int) -> None:
         so_far=so_far,
         scaler={} if scaler is None else scaler.state_dict(),
     )
+    running.saved_step = done
 
 
 def _sum_across_ranks(job: Job, running: Running) -> EpochSoFar:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -31,10 +28,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from aplantida_dist.errors import UserError
+from aplantida_dist.signals import end_with_the_parent
 
 Value = TypeVar("Value")
-
-_PR_SET_PDEATHSIG = 1
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -48,10 +44,12 @@ class World:
     """One process of a run: its rank, how many there are, its device, and what they do together.
 
     spreads_parameters: each rank holds a part of every parameter of the trained model (FSDP2) instead of all of it (DDP).
+    hosts: the same ranks over gloo, for what concerns no device; None where there is one.
     """
 
     accelerator: Accelerator
     spreads_parameters: bool
+    hosts: distributed.ProcessGroup | None
 
     @property
     def rank(self) -> int:
@@ -116,6 +114,19 @@ class World:
         if self.world_size > 1:
             distributed.all_reduce(total, op=distributed.ReduceOp.SUM)
         return total
+
+    def begin_maximum_across_ranks(self, number: int) -> Callable[[], int]:
+        """Collective. Begin to find the largest of every rank's numbers, beside whatever else runs; the call it returns waits for it."""
+        if self.hosts is None:
+            return lambda: number
+        largest = torch.tensor([number])
+        work = distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=self.hosts, async_op=True)
+
+        def answer() -> int:
+            work.wait()
+            return int(largest)
+
+        return answer
 
     def gather_across_ranks(self, value: Any) -> list[Any]:
         """Collective. Every rank's value, in the order of ranks."""
@@ -219,7 +230,16 @@ def open_world(*, precision: str, timeout_s: int, spreads_parameters: bool = Fal
         )
     if plugin is not None and accelerator.device.type == "cpu":
         _spread_on_cpu(accelerator, plugin)
-    return World(accelerator, spreads_parameters=plugin is not None)
+    return World(
+        accelerator, spreads_parameters=plugin is not None, hosts=_gather_hosts(timeout_s) if expected > 1 else None
+    )
+
+
+def _gather_hosts(timeout_s: int) -> distributed.ProcessGroup:
+    """Collective. A group of all ranks over gloo, whatever the group of their devices is."""
+    group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, distributed.ProcessGroup)  # a number stands for a rank that is no member
+    return group
 
 
 @contextlib.contextmanager
@@ -286,8 +306,8 @@ def _die_with_the_launcher() -> None:
     torchrun gives each rank a session of its own, so a SIGKILL of the launcher's group would leave ranks that train on
     and write into the folder of the run that resumes.
     """
-    if sys.platform == "linux" and {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        end_with_the_parent()
 
 
 def _refuse_conflicts(precision: str) -> None:

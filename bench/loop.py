@@ -23,6 +23,7 @@ from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.stream import Batch, Reading
 from aplantida_dist.ema import build_ema
 from aplantida_dist.freezing import make_freezing
+from aplantida_dist.interruption import Interruption
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.mixing import MixupCutmix
 from aplantida_dist.model import Normalize, build_model, pixel_convention
@@ -31,6 +32,7 @@ from aplantida_dist.objective import CrossEntropy
 from aplantida_dist.optimizer import build_optimizer
 from aplantida_dist.record import Record
 from aplantida_dist.schedule import Schedule
+from aplantida_dist.signals import Listener
 from aplantida_dist.teachers import Teachers
 from aplantida_dist.trainer import Job, Running, run_step
 from aplantida_dist.world import World
@@ -205,6 +207,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         teachers=Teachers(()),
         nonfinite=NonFinitePolicy("stop", budget=0),
         stopping=None,
+        interruption=Interruption(world, Listener()),
         metrics_to_hold=(),
         freezing=freezing,
         missing_soft_labels=0,

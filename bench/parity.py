@@ -27,6 +27,7 @@ from aplantida_dist.pace import with_pace
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.writer import ShardLimits
+from aplantida_dist.signals import Listener
 from aplantida_dist.strict_yaml import dump_yaml
 from aplantida_dist.trainer import read_ahead, run_step
 from aplantida_dist.world import World
@@ -172,7 +173,7 @@ def differences_of_steps(recipe: Recipe, dataset_dir: Path, *, world: World, run
     """The relative difference of the loss at each step of an epoch, where both read our stream and nothing else is shared."""
     config = load_config(write_config(run_dir.with_suffix(".yaml"), recipe, dataset_dir, seed=seed), [])
     request = Request(run_dir, resume="never", max_samples=None, extra_checks=False, allow_leak=False)
-    training = compose_across_ranks(config, world=world, request=request)
+    training = compose_across_ranks(config, world=world, request=request, listener=Listener())
     job, running = training.job, training.running
     job.freezing.set_modes(job.model, 0)
     peer = make_timm_training(recipe, num_classes=job.num_classes, steps_per_epoch=job.plan.steps_per_epoch, seed=seed)

@@ -8,5 +8,7 @@ if [ "$num_gpus" -eq 0 ]; then
     exit 2
 fi
 
+# A launcher passes these on to its ranks, which save a checkpoint; by itself it would die of Slurm's SIGUSR1.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 exec accelerate launch --config_file "$here/one_node.yaml" --num_processes "$num_gpus" \
     -m "${MODULE:-aplantida_dist.train}" "$@"

@@ -7,6 +7,8 @@ here=$(dirname -- "$0")
 num_gpus=${NUM_GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
 num_nodes=${NUM_NODES:?the number of nodes}
 
+# A launcher passes these on to its ranks, which save a checkpoint; by itself it would die of Slurm's SIGUSR1.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 exec accelerate launch --config_file "$here/several_nodes.yaml" \
     --num_machines "$num_nodes" --num_processes "$(( num_nodes * num_gpus ))" \
     --machine_rank "${NODE_RANK:?which node this is, from 0}" \

@@ -52,7 +52,7 @@ def run_ranks(world_size: int, act: Callable[..., Any], *arguments: Any) -> list
 def command_on_ranks(world_size: int, module: str, arguments: Sequence[str | Path], folder: Path) -> list[Finished]:
     """Run `python -m module arguments` on every rank; what each printed and its exit code."""
     outputs = [(folder / f"stdout_{rank}", folder / f"stderr_{rank}") for rank in range(world_size)]
-    codes = run_ranks(world_size, _run_module, module, [str(argument) for argument in arguments], outputs)
+    codes = run_ranks(world_size, run_module, module, [str(argument) for argument in arguments], outputs)
     return [Finished(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, outputs, strict=True)]
 
 
@@ -76,6 +76,14 @@ def environment_of(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+def become_rank(rank: int, world_size: int, port: int) -> None:
+    """Make of this process, which was forked from a test, what a launcher starts."""
+    os.environ.update(environment_of(rank, world_size, port))
+    # A test in this process may have opened a world of its own, which accelerate keeps in class attributes.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @dataclass(frozen=True)
 class _Fault:
     text: str
@@ -93,10 +101,7 @@ def _receive(receiver: Connection) -> Any:
 def _on_rank(
     sender: Connection, rank: int, world_size: int, port: int, act: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    os.environ.update(environment_of(rank, world_size, port))
-    # A test in this process may have opened a world of its own, which accelerate keeps in class attributes.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    become_rank(rank, world_size, port)
     try:
         sender.send(act(*arguments))
     except BaseException:
@@ -106,7 +111,7 @@ def _on_rank(
     os._exit(0)  # past pytest's own exit handlers
 
 
-def _run_module(module: str, arguments: list[str], outputs: list[tuple[Path, Path]]) -> int:
+def run_module(module: str, arguments: list[str], outputs: list[tuple[Path, Path]]) -> int:
     """Run a module as `__main__` with its output in files; returns its exit code."""
     for path, stream in zip(outputs[int(os.environ["RANK"])], (sys.__stdout__, sys.__stderr__), strict=True):
         assert stream is not None

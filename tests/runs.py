@@ -11,6 +11,7 @@ from typing import Any
 from aplantida_dist.compose import Request, Training, compose_across_ranks
 from aplantida_dist.config_file import load_config
 from aplantida_dist.history import without_time
+from aplantida_dist.signals import Listener
 from aplantida_dist.world import open_world
 
 CONFIG = """\
@@ -73,7 +74,7 @@ def compose(config_path: Path, run_dir: Path, overrides: Sequence[str] = ()) -> 
     is_spread = config.train.parallel == "fsdp"
     world = open_world(precision=config.train.precision, timeout_s=60, spreads_parameters=is_spread)
     request = Request(run_dir, resume="auto", max_samples=None, extra_checks=False, allow_leak=False)
-    return compose_across_ranks(config, world=world, request=request)
+    return compose_across_ranks(config, world=world, request=request, listener=Listener())
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:

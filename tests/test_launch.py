@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+from aplantida_dist.signals import STOPPED_CODE
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -124,3 +127,52 @@ def test_a_node_without_gpus_says_so(tmp_path: Path) -> None:
     env = environment(tmp_path, NUM_GPUS="0")
     done = subprocess.run(["sh", "launch/one_node.sh"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "error: no GPU here; use launch/cpu_two_ranks.sh\n")
+
+
+STATUS = '{{\n  "phase": "{phase}",\n  "signal": "{signal}"\n}}\n'
+
+
+@pytest.mark.parametrize(
+    ("phase", "signal", "requeued"),
+    [("stopped", "SIGUSR1", True), ("stopped", "SIGTERM", False), ("failed", "", False)],
+)
+def test_slurm_requeues_what_was_stopped_ahead_of_the_time_limit(
+    tmp_path: Path, phase: str, signal: str, requeued: bool
+) -> None:
+    """The batch script reads status.json, since the launcher's code says nothing; a job that was cancelled stays so."""
+    add_command(tmp_path, "srun", "#!/bin/sh\nexit 1\n")
+    add_command(tmp_path, "scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path / "asked"}\necho 127.0.0.1\n')
+    run_dir = tmp_path / "two words"
+    run_dir.mkdir()
+    (run_dir / "status.json").write_text(STATUS.format(phase=phase, signal=signal))
+    env = environment(tmp_path, SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="node[1-2]", SLURM_JOB_ID="17")
+    command = ["sh", "launch/several_nodes.sbatch", "--config", "configs/demo.yaml", "--run-dir", str(run_dir)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert ("requeue 17" in (tmp_path / "asked").read_text()) == requeued, done.stderr
+
+
+def test_was_stopped_finds_the_run_as_the_trainer_does(tmp_path: Path) -> None:
+    """With --run-dir in either form, and without it by the config's name; a run that never began was not stopped."""
+    run_dir = tmp_path / "runs" / "demo"
+    run_dir.mkdir(parents=True)
+    (run_dir / "status.json").write_text(STATUS.format(phase="stopped", signal="SIGTERM"))
+    script = ["sh", str(LAUNCH / "was_stopped.sh")]
+    for arguments in (["--run-dir", "runs/demo"], ["--run-dir=runs/demo"], ["--config", "x/demo.yaml", "a.b=c"]):
+        done = subprocess.run([*script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "SIGTERM\n", "")
+    done = subprocess.run(
+        [*script, "--config", "other.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_the_pod_outlives_its_ranks() -> None:
+    """The manifest names a script that exists and the code that it ends with, and gives more time than the launcher does."""
+    job = yaml.safe_load((LAUNCH / "kubernetes" / "job.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    script = (ROOT / pod["containers"][0]["command"][1]).read_text()
+    rules = job["spec"]["podFailurePolicy"]["rules"]
+    assert rules[0] == {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED_CODE]}}
+    assert f"exit {STOPPED_CODE}" in script
+    assert int(script.partition("PET_SHUTDOWN_TIMEOUT=")[2].split()[0]) < pod["terminationGracePeriodSeconds"]

@@ -16,6 +16,7 @@ LAYERS = [
     [
         "errors",
         "seeds",
+        "signals",
         "schedule",
         "loss",
         "progress",
@@ -26,7 +27,7 @@ LAYERS = [
         "data.frequency",
     ],
     ["files", "lock", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
-    ["strict_yaml", "config_sections", "seal"],
+    ["strict_yaml", "config_sections", "interruption", "seal"],
     [
         "config",
         "history",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
+from aplantida_dist.signals import held_back, outlive_requests
 
 MAX_OPEN_SHARDS = 512
 """File descriptors a worker keeps open; half of the usual limit of 1,024."""
@@ -177,10 +177,12 @@ def stream(micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, r
         num_workers=reading.num_workers,
         prefetch_factor=reading.prefetch_micro_batches if reading.num_workers else None,
         pin_memory=reading.pin_memory,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+        worker_init_fn=_leave_requests_to_the_main_process,
         generator=torch.Generator(),  # the loader draws a worker seed from it; the global generator stays untouched
     )
-    for batch in loader:
+    with held_back():
+        batches = iter(loader)
+    for batch in batches:
         if batch.failure is not None:
             raise StreamError(batch.failure)
         yield batch
@@ -190,6 +192,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; a worker's own traceback would bury the message."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_requests_to_the_main_process(worker: int) -> None:
+    """Signals to stop reach workers with everyone else, and a run that stops at a step boundary needs them up to it."""
+    outlive_requests()
