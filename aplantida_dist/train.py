@@ -17,6 +17,7 @@ from aplantida_dist.debug import load_debug_config
 from aplantida_dist.errors import UserError
 from aplantida_dist.strict_yaml import show
 from aplantida_dist.trainer import train
+from aplantida_dist.wandb_report import require_key
 from aplantida_dist.world import open_world, told_once_a_node
 
 EXAMPLE = """\
@@ -33,6 +34,8 @@ def main() -> None:
     with told_once_a_node():
         arguments = _parse_arguments()
         config = _load(arguments)
+        if config.report.wandb == "online" and os.environ.get("RANK", "0") == "0":
+            require_key()
     world = open_world(
         precision=config.train.precision,
         timeout_s=config.train.timeout_s,
