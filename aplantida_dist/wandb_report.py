@@ -115,6 +115,8 @@ def open_wandb(
             warn(
                 f"W&B: {one_line(error)}; going on offline, everything is kept: sync it later with `{described.sync_command}`"
             )
+            # W&B's process goes on holding the run's id, and would refuse it.
+            wandb.teardown()
             _set_earlier_folders_aside(described.folder)
     return WandbReport(_init(described, mode="offline", limits=limits), described)
 
