@@ -19,6 +19,8 @@ from aplantida_dist.history import COLUMNS_FILE, HISTORY_FILE, Row
 FLUSH_INTERVAL_S = 1.0
 """W&B writes its folder every 15 s by itself; a kill would take those rows with it."""
 EARLIER_DIR = "earlier"
+ROOM_BYTES = 65_536
+"""More than W&B's own buffer holds back, and some tens of rows."""
 
 
 class ReportError(UserError):
@@ -73,6 +75,7 @@ class WandbReport:
         self._run.log(flatten(row.to_json()), step=row.epoch, commit=True)
         if best is not None:
             self._run.summary.update({f"best/{name}": value for name, value in flatten(best.to_json()).items()})
+        _require_room(self._described.folder)
 
     def finish(self) -> None:
         """Keep config, class map and history as an artifact of the run, and close it."""
@@ -178,6 +181,17 @@ def _set_earlier_folders_aside(folder: Path) -> None:
         aside = folder / EARLIER_DIR / path.name
         aside.parent.mkdir(exist_ok=True)
         path.rename(aside)
+
+
+def _require_room(folder: Path) -> None:
+    """Raise ReportError where the folder takes no more. W&B's own process writes that to its log and loses the rows in silence."""
+    path = folder / "room"
+    try:
+        path.write_bytes(bytes(ROOM_BYTES))
+    except OSError as error:
+        raise ReportError(f"{folder}: takes no more files: {error.strerror}; make room") from error
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _children() -> list[int]:

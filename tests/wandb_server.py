@@ -22,7 +22,10 @@ ENTITY = "herbarium"
 
 @dataclass
 class UploadedRun:
-    """What the server holds of a run. A line of a file stands where its uploader said, so that a second upload replaces the first."""
+    """What the server holds of a run: every line that it was sent, in its place, whoever sent it.
+
+    W&B's steps only ever rise, so a line whose step the run has already is no new row; `num_repeated` counts such lines.
+    """
 
     project: str
     display_name: str = ""
@@ -33,9 +36,17 @@ class UploadedRun:
     num_uploads: int = 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows in the order of their places, without W&B's own underscored fields."""
+        """The rows by their W&B step, without W&B's own underscored fields."""
         items = [json.loads(self.lines[place]) for place in sorted(self.lines)]
-        return [{name: value for name, value in item.items() if not name.startswith("_")} for item in items]
+        by_step = {item["_step"]: item for item in reversed(items)}
+        return [
+            {name: value for name, value in by_step[step].items() if not name.startswith("_")}
+            for step in sorted(by_step)
+        ]
+
+    @property
+    def num_repeated(self) -> int:
+        return len(self.lines) - len(self.rows())
 
 
 class WandbServer(ThreadingHTTPServer):
