@@ -65,6 +65,7 @@ from aplantida_dist.status import Status
 from aplantida_dist.strict_yaml import dump_yaml, show
 from aplantida_dist.teachers import Teacher, coverage_line, digest_of, seat, write_teachers
 from aplantida_dist.trainer import Job, Running
+from aplantida_dist.wandb_report import WandbRun
 from aplantida_dist.world import World
 
 
@@ -364,13 +365,11 @@ def _open_record(
     return MainRecord(
         history=history,
         report=open_report(
+            WandbRun(project, name or request.run_dir.name, tags, run_id, request.run_dir, config.to_dict()),
             mode=mode,
-            project=project,
-            name=name or request.run_dir.name,
-            tags=tags,
-            run_id=run_id,
-            run_dir=request.run_dir,
-            config=config.to_dict(),
+            rows=history.rows,
+            best=history.best(best_metric, best_mode),
+            warn=_warn,
         ),
         progress=open_progress(is_main=True, first_step=ground.start_step, total_steps=total_steps),
         status=Status(request.run_dir, total_steps=total_steps),

@@ -351,7 +351,7 @@ class ReportSection(Section):
     """How W&B hears of the run."""
 
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    """offline writes into the run folder for `wandb sync`; online needs an account."""
+    """offline writes into the run folder for `wandb sync`; online needs an account, and goes on offline where the server is not to be had."""
     project: Text = "aplantida"
     """W&B project."""
     name: Text | None = None

@@ -1,26 +1,18 @@
-"""The live report: the history's rows in W&B, from the main process. The only importer of wandb."""
+"""The live report: a view of the history beside the training, which it can neither end nor slow."""
 
 from __future__ import annotations
 
-import os
 import secrets
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, Protocol
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import Literal, Protocol
 
-import wandb
+from aplantida_dist.history import Row
+from aplantida_dist.wandb_report import Limits, WandbRun, one_line, open_wandb, stop_service
 
-from aplantida_dist.errors import UserError
-from aplantida_dist.history import COLUMNS_FILE, HISTORY_FILE, Row
-from aplantida_dist.signals import STOPPED_CODE
-
-INIT_TIMEOUT_S = 30.0
-FINISH_TIMEOUT_S = 60.0
-"""A server that does not answer must not hold up a run whose results are on disk already."""
-
-
-class ReportError(UserError):
-    """W&B cannot be reported to in the mode that was asked for."""
+LIMITS = Limits(init_s=15.0, finish_s=20.0, grace_s=15.0)
 
 
 class Report(Protocol):
@@ -43,32 +35,68 @@ class NullReport:
         """Nothing."""
 
 
-class WandbReport:
-    """A W&B run whose id outlives the process: a resumed training goes on in the same run."""
+class AsideReport:
+    """A report on a thread of its own: the training waits `start_s` for it to open, `finish_s` to finish, and never between.
 
-    def __init__(self, run: Any, run_dir: Path) -> None:
-        self._run = run
-        self._run_dir = run_dir
-        # A step that goes backwards makes W&B drop the row, so the x axis is the row's own epoch.
-        run.define_metric("epoch")
-        run.define_metric("*", step_metric="epoch")
+    The first trouble is said, those after it are not: the rows are in the history, and the next process that opens the run
+    shows them all again.
+    """
+
+    def __init__(
+        self,
+        open_report: Callable[[], Report],
+        *,
+        warn: Callable[[str], None],
+        remedy: str,
+        start_s: float,
+        finish_s: float,
+        stop: Callable[[], None],
+    ) -> None:
+        self._open, self._stop = open_report, stop
+        self._warn, self._remedy = warn, remedy
+        self._finish_s = finish_s
+        self._acts: SimpleQueue[Callable[[Report], None] | None] = SimpleQueue()
+        self._is_open = threading.Event()
+        self._is_broken = False
+        # A daemon: a view that hangs does not keep the process alive.
+        self._thread = threading.Thread(target=self._work, name="report", daemon=True)
+        self._thread.start()
+        if not self._is_open.wait(start_s):
+            warn(f"W&B: does not start within {start_s:.0f} s; the training does not wait for it")
 
     def show(self, row: Row, *, best: Row | None) -> None:
-        """Log the numbers of the row under `train/loss`, `val/top1`, … and the best row's as `best/…` in the summary."""
-        self._run.log(flatten(row.to_json()), commit=True)
-        if best is not None:
-            self._run.summary.update({f"best/{name}": value for name, value in flatten(best.to_json()).items()})
+        """Have the row shown; returns at once."""
+        self._acts.put(lambda report: report.show(row, best=best))
 
     def finish(self, *, exit_code: int) -> None:
-        """Keep config, class map and history as an artifact of the run, and close it."""
-        artifact = wandb.Artifact(f"history-{self._run.id}", type="history")
-        for name in ("config.yaml", "classes.json", HISTORY_FILE, COLUMNS_FILE):
-            if (self._run_dir / name).exists():
-                artifact.add_file(str(self._run_dir / name), name=name)
-        self._run.log_artifact(artifact)
-        if exit_code == STOPPED_CODE:
-            self._run.mark_preempting()
-        self._run.finish(exit_code=exit_code)
+        """Wait for what is left, within the budget; what is not done by then is given up."""
+        self._acts.put(lambda report: report.finish(exit_code=exit_code))
+        self._acts.put(None)
+        self._thread.join(self._finish_s)
+        if self._thread.is_alive():
+            self._tell(f"not done after {self._finish_s:.0f} s")
+            self._stop()
+
+    def _work(self) -> None:
+        """The thread: open, then one act after the other, until a None."""
+        try:
+            report = self._open()
+        except Exception as error:
+            self._tell(one_line(error))
+            return
+        finally:
+            self._is_open.set()
+        while (act := self._acts.get()) is not None:
+            try:
+                act(report)
+            except Exception as error:
+                self._tell(one_line(error))
+
+    def _tell(self, trouble: str) -> None:
+        """Say the first trouble; those after it follow from it."""
+        if not self._is_broken:
+            self._is_broken = True
+            self._warn(f"W&B: {trouble}; the training goes on, every row is in history.jsonl: {self._remedy}")
 
 
 def new_run_id() -> str:
@@ -77,50 +105,25 @@ def new_run_id() -> str:
 
 
 def open_report(
+    described: WandbRun,
     *,
     mode: Literal["offline", "online", "disabled"],
-    project: str,
-    name: str,
-    tags: list[str],
-    run_id: str,
-    run_dir: Path,
-    config: Mapping[str, Any],
+    rows: Sequence[Row],
+    best: Row | None,
+    warn: Callable[[str], None],
+    limits: Limits = LIMITS,
 ) -> Report:
-    """Open the run in W&B, or nothing when disabled. For the main process. ReportError says what `online` lacks."""
+    """Open the run in W&B and show it the rows that the history holds already, or nothing when disabled. For the main process."""
     if mode == "disabled":
         return NullReport()
-    # Artifacts are staged in the home folder unless told otherwise; a run keeps to its own.
-    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir / "wandb"))
-    os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir / "wandb" / "cache"))
-    settings = wandb.Settings(
-        console="off", silent=True, init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, x_disable_meta=True
+    report = AsideReport(
+        partial(open_wandb, described, mode=mode, limits=limits, warn=warn),
+        warn=warn,
+        remedy=f"`{described.sync_command}` uploads what the folder holds, the training command again fills it up from the history",
+        start_s=limits.init_s + limits.grace_s,
+        finish_s=limits.finish_s + limits.grace_s,
+        stop=stop_service,
     )
-    try:
-        run = wandb.init(
-            project=project,
-            name=name,
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            mode=mode,
-            dir=run_dir,
-            tags=tags,
-            config=dict(config),
-            settings=settings,
-        )
-    except (wandb.errors.Error, wandb.errors.UsageError) as error:
-        reason = " ".join(str(error).split())
-        raise ReportError(
-            f"report.wandb is {mode} and W&B says: {reason}; log in with `wandb login`, or set report.wandb=offline"
-        ) from error
-    return WandbReport(run, run_dir)
-
-
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names to one level: {"val": {"top1": 0.5}} → {"val/top1": 0.5}."""
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}/"))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    for row in rows:
+        report.show(row, best=best)
+    return report

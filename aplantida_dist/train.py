@@ -22,6 +22,7 @@ from aplantida_dist.run_folder import locked
 from aplantida_dist.signals import STOPPED_CODE, Listener
 from aplantida_dist.strict_yaml import show
 from aplantida_dist.trainer import train
+from aplantida_dist.wandb_report import require_key
 from aplantida_dist.world import World, open_world, told_once_a_node
 
 EXAMPLE = """\
@@ -40,6 +41,8 @@ def main() -> int:
     with told_once_a_node():
         arguments = _parse_arguments()
         config = _load(arguments)
+        if config.report.wandb == "online" and os.environ.get("RANK", "0") == "0":
+            require_key()
     world = open_world(
         precision=config.train.precision,
         timeout_s=config.train.timeout_s,

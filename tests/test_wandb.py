@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from aplantida_dist.report import flatten
+from aplantida_dist.wandb_report import flatten
 from tests.ranks import command_on_ranks
 from tests.runs import write_config
 
 
-def runs_of(run_dir: Path) -> list[list[dict[str, Any]]]:
+def runs_of(run_dir: Path, below: str = "wandb") -> list[list[dict[str, Any]]]:
     """The records of each offline run below a run folder, oldest first."""
     found = []
-    for folder in sorted((run_dir / "wandb").glob("offline-run-*")):
+    for folder in sorted((run_dir / below).glob("offline-run-*")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
         printed = subprocess.run(command, capture_output=True, check=True).stdout
         found.append([json.loads(line) for line in printed.splitlines()])
@@ -48,15 +48,16 @@ def train(config: Path, run_dir: Path, folder: Path, *overrides: str) -> None:
 
 
 def test_offline_runs_show_the_rows_of_the_history(dataset_dir: Path, tmp_path: Path) -> None:
-    """One W&B run for two processes and a resume: the history's rows, best/* in the summary, config, class map and history kept."""
+    """One W&B run for two processes and a resume, whose folder holds all rows of the history, the first process's aside; best/* in the summary, config, class map and history kept."""
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=2)
     run_dir = tmp_path / "run"
     train(config, run_dir, tmp_path, "report.wandb=offline", "schedule.kind=constant")
     train(config, run_dir, tmp_path, "report.wandb=offline", "schedule.kind=constant", "train.epochs=3")
-    first, resumed = runs_of(run_dir)
+    (first,), (resumed,) = runs_of(run_dir, "wandb/earlier"), runs_of(run_dir)
     rows = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
     assert len(rows) == 3
-    assert rows_in(first) + rows_in(resumed) == [flatten(row) for row in rows]
+    assert rows_in(first) == [flatten(row) for row in rows[:2]]
+    assert rows_in(resumed) == [flatten(row) for row in rows]
     best = max(rows, key=lambda row: row["val"]["top1"])
     assert {name: value for name, value in summary_in(resumed).items() if name.startswith("best/")} == {
         f"best/{name}": value for name, value in flatten(best).items()
@@ -97,12 +98,12 @@ def test_disabled_leaves_no_trace(dataset_dir: Path, tmp_path: Path) -> None:
 def test_online_without_a_key_is_an_error_before_the_first_step(
     dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody asked for a silent fall-back to offline."""
+    """A run that nobody could ever see online is not begun, and no file of it is made."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=1)
     arguments = ["--config", config, "--run-dir", tmp_path / "run", "report.wandb=online"]
     (finished,) = command_on_ranks(1, "aplantida_dist.train", arguments, tmp_path)
     assert finished.code == 2
-    assert "report.wandb is online and W&B says" in finished.stderr.splitlines()[-1]
-    assert not (tmp_path / "run" / "history.jsonl").exists()
+    assert "report.wandb is online and no API key is configured" in finished.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
