@@ -53,7 +53,7 @@ def read_tar_members(path: Path) -> TarMembers:
         ):
             for member in tar:
                 if member.isreg() and not member.issparse() and member.offset_data + member.size > num_bytes:
-                    fault = f"is cut: the member at byte {end} should have {member.size} bytes"
+                    fault = f"is cut at byte {num_bytes}: the member at byte {end} should have {member.size} bytes"
                     break
                 members.append(member)
                 end = tar.offset
