@@ -12,11 +12,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aplantida_dist.errors import UserError
-from aplantida_dist.files import canonical_json, read_json, sha256_of_file, sync_folder, write_json
+from aplantida_dist.files import (
+    canonical_json,
+    free_bytes,
+    read_json,
+    require_room,
+    sha256_of_file,
+    sync_folder,
+    write_json,
+)
 from aplantida_dist.lineage import Lineage, lineage_from
 from aplantida_dist.spreading import laid_out_like
 
@@ -31,6 +40,8 @@ TOTALS_FILE = "totals.safetensors"
 SEEN_FILE = "seen.npy"
 """The identities of the lineage: int64 [n], little-endian, ascending, in numpy's own format; 8 bytes a photograph."""
 POSITION_FILE = "position.json"
+EXTRA_BYTES = 2**20
+"""Room asked for beside the tensors: headers of the files, position.json, and the next row of the history."""
 
 Weights = Literal["raw", "ema"]
 """Which of a checkpoint's two sets of weights: those that the optimizer moves, or their average."""
@@ -117,13 +128,20 @@ def save_checkpoint(
     totals: Tensor,
     lineage: Lineage,
 ) -> Path:
-    """Write a checkpoint beside its place, sync it, and move it there. For the main process."""
+    """Write a checkpoint beside its place, sync it, and move it there. For the main process.
+
+    Raises CheckpointError, before anything is written where the room does not suffice; what was there is as it was.
+    """
     stored = {MODEL_FILE: model_state, OPTIMIZER_FILE: optimizer_state, TOTALS_FILE: {"totals": totals}}
     stored |= {} if ema_state is None else {EMA_FILE: ema_state}
     path = checkpoints_dir / f"step_{position.step:08d}"
     beside = checkpoints_dir / f".{path.name}.{os.getpid()}.part"
+    num_bytes = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors.values())
+    num_bytes += lineage.identities.nbytes + EXTRA_BYTES
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        for leftover in checkpoints_dir.glob(".step_*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        require_room(checkpoints_dir, num_bytes)
         beside.mkdir(parents=True)
         for name, tensors in stored.items():
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside / name)
@@ -137,10 +155,12 @@ def save_checkpoint(
             shutil.rmtree(path)
         os.replace(beside, path)
         sync_folder(checkpoints_dir)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError, UserError) as error:
         shutil.rmtree(beside, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"{path}: the checkpoint could not be written: {error}; make room and run the same command again"
+            f"{path}: the checkpoint could not be written: {reason} ({num_bytes:,} bytes needed, {free_bytes(path):,} bytes free); "
+            "the checkpoints before it are whole: make room, or make the folder writable, and run the same command again"
         ) from error
     return path
 
