@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.data.index import INDEX_DTYPE, read_key
 
 
@@ -62,7 +61,8 @@ class Sample:
         """Change the picture with all its digests, as if the dataset had been built so."""
         self.overwrite(content)
         index = np.fromfile(self.index_path, dtype=INDEX_DTYPE)
-        index[self.member_index]["crc32"] = zlib.crc32(self.content)
+        index[self.member_index]["length"] = len(content)
+        index[self.member_index]["crc32"] = zlib.crc32(content)
         index.tofile(self.index_path)
         manifest_path = self.shard_path.with_name("manifest.json")
         manifest = json.loads(manifest_path.read_text())
@@ -87,7 +87,6 @@ def broken(dataset_dir: Path, *places: tuple[str, int, int]) -> list[Sample]:
     samples = [Sample(dataset_dir, *place) for place in places]
     for sample in samples:
         sample.overwrite(flipped(sample.content))
-    open_dataset(dataset_dir)
     return samples
 
 

@@ -98,6 +98,7 @@ def test_an_exploding_learning_rate_ends_the_run(dataset_dir: Path, tmp_path: Pa
     fired(line.partition("error: ")[2].partition(":")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     what="NaN loss under `skip`",
     how="one sample's loss replaced in steps 3 and 8; the run cut back between them and resumed",
