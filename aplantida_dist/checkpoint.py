@@ -14,11 +14,20 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aplantida_dist.errors import UserError
-from aplantida_dist.files import canonical_json, read_json, sha256_of_file, sync_folder, write_json
+from aplantida_dist.files import (
+    canonical_json,
+    free_bytes,
+    read_json,
+    require_room,
+    sha256_of_file,
+    sync_folder,
+    write_json,
+)
 from aplantida_dist.lineage import Lineage, lineage_from, require_lineage_facts
 from aplantida_dist.seal import has_seal, sealed, unsealed
 from aplantida_dist.spreading import laid_out_like
@@ -36,6 +45,8 @@ SEEN_FILE = "seen.npy"
 POSITION_FILE = "position.json"
 _NEEDED_FILES = frozenset((MODEL_FILE, OPTIMIZER_FILE, TOTALS_FILE))
 _FOLDER_NAME = re.compile(r"step_[0-9]{8,}")
+EXTRA_BYTES = 2**20
+"""Room asked for beside the tensors: headers of the files, position.json, and the next row of the history."""
 
 Weights = Literal["raw", "ema"]
 """Which of a checkpoint's two sets of weights: those that the optimizer moves, or their average."""
@@ -141,13 +152,20 @@ def save_checkpoint(
     totals: Tensor,
     lineage: Lineage,
 ) -> Path:
-    """Write a checkpoint beside its place, sync it, and move it there. For the main process."""
+    """Write a checkpoint beside its place, sync it, and move it there. For the main process.
+
+    Raises CheckpointError, before anything is written where the room does not suffice; what was there is as it was.
+    """
     stored = {MODEL_FILE: model_state, OPTIMIZER_FILE: optimizer_state, TOTALS_FILE: {"totals": totals}}
     stored |= {} if ema_state is None else {EMA_FILE: ema_state}
     path = checkpoints_dir / f"step_{position.step:08d}"
     beside = checkpoints_dir / f".{path.name}.{os.getpid()}.part"
+    num_bytes = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors.values())
+    num_bytes += lineage.identities.nbytes + EXTRA_BYTES
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        for leftover in checkpoints_dir.glob(".step_*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        require_room(checkpoints_dir, num_bytes)
         beside.mkdir(parents=True)
         for name, tensors in stored.items():
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside / name)
@@ -163,10 +181,12 @@ def save_checkpoint(
         os.replace(beside, path)
         sync_folder(checkpoints_dir)
         shutil.rmtree(before, ignore_errors=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError, UserError) as error:
         shutil.rmtree(beside, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"{path}: the checkpoint could not be written: {error}; make room and run the same command again"
+            f"{path}: the checkpoint could not be written: {reason} ({num_bytes:,} bytes needed, {free_bytes(path):,} bytes free); "
+            "the checkpoints before it are whole: make room, or make the folder writable, and run the same command again"
         ) from error
     return path
 

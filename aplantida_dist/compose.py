@@ -13,6 +13,7 @@ from torch import nn
 
 from aplantida_dist import __version__
 from aplantida_dist.ancestor import open_ancestor
+from aplantida_dist.bad_samples import BadSampleLedger
 from aplantida_dist.checkpoint import Checkpoint, Weights, load_model_state, unpack_optimizer
 from aplantida_dist.config import Config
 from aplantida_dist.data.classmap import ClassMap
@@ -32,6 +33,7 @@ from aplantida_dist.nonfinite import Watch
 from aplantida_dist.origin import trace_origin_across_ranks
 from aplantida_dist.progress import open_progress
 from aplantida_dist.recipe import (
+    bad_sample_budget_of,
     decided,
     mixing_of,
     model_of,
@@ -196,6 +198,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request, list
         nonfinite=nonfinite_policy_of(config),
         stopping=stopping,
         interruption=Interruption(world, listener),
+        voids_bad_samples=config.data.on_bad_sample == "void",
         metrics_to_hold=(config.checkpoint.best_metric, *([] if stopping is None else [stopping.metric])),
         freezing=freezing,
         clip_agc=config.train.clip_agc,
@@ -336,6 +339,7 @@ def _open_record(
     report, checkpoint = config.report, config.checkpoint
     settings = (report.wandb, report.project, report.name, list(report.tags))
     keep_last, best_metric, best_mode = checkpoint.keep_last, checkpoint.best_metric, checkpoint.best_mode
+    bad_sample_budget = bad_sample_budget_of(config)
     if not world.is_main:
         return Record()
     prepare_run_folder(request.run_dir, config_yaml=dump_yaml(config.to_dict()), class_map=ground.class_map)
@@ -361,6 +365,8 @@ def _open_record(
             from_step=ground.start_step, time_utc=here.since_utc, host=here.host, pid=here.pid, changed=changed
         )
         resumes = note_resume(request.run_dir, resume)
+    ledger = BadSampleLedger(request.run_dir, budget=bad_sample_budget, class_names=ground.class_map.class_names)
+    ledger.cut_after(ground.start_step)
     mode, project, name, tags = settings
     return MainRecord(
         history=history,
@@ -373,6 +379,7 @@ def _open_record(
         ),
         progress=open_progress(is_main=True, first_step=ground.start_step, total_steps=total_steps),
         status=Status(request.run_dir, total_steps=total_steps),
+        ledger=ledger,
         checkpoints_dir=checkpoints_dir(request.run_dir),
         provenance=Provenance(
             world_size=world.world_size,

@@ -34,6 +34,10 @@ FREE = frozenset(
         "distillation.teachers",  # likewise, by the digests of their checkpoints
         "soft_labels.files",  # likewise
         *("data.num_workers", "data.prefetch_micro_batches"),
+        *(
+            "data.on_bad_sample",
+            "data.bad_sample_budget",
+        ),  # they act at a bad sample alone, where a run would else stop
         *("train.epochs", "train.log_every_steps", "train.timeout_s", "evaluation.every_epochs"),
         "train.parallel",  # like the number of ranks, it decides the order of sums alone
         *("train.on_nonfinite", "train.nonfinite_budget", "stopping"),  # a run that stopped may go on with `skip`

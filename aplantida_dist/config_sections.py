@@ -111,6 +111,14 @@ class DataSection(Section):
     """Micro-batches that each worker keeps ready; at least 1. Changes the speed and nothing else."""
     block_samples: Count = 262144
     """Samples that are shuffled together; at least 1, and more than the split holds shuffles all of it (DESIGN §4)."""
+    on_bad_sample: Literal["stop", "void"] = "stop"
+    """What happens at a sample whose picture has changed in its shard or does not decode: stop the run, or leave the sample out.
+
+    What is left out weighs nothing in loss, accuracy and gradient, and is void in the row of its epoch; bad_samples.jsonl in the
+    run folder names it. A shard that is missing, cut or replaced stops in any case. `void` costs an all-reduce of 8 bytes a step.
+    """
+    bad_sample_budget: Count = 10
+    """Different samples, of all splits, that may be void for this in the whole run, at least 1; one more stops it. `stop` does not read it."""
 
 
 class ModelSection(Section):

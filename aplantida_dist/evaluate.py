@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from aplantida_dist.bad_samples import budget_error, counts_text
 from aplantida_dist.checkpoint import Checkpoint, CheckpointError, load_model_state
 from aplantida_dist.command import CommandParser, positive, run_command
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
-from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
+from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.errors import UserError
-from aplantida_dist.evaluation import as_evaluation_metrics, evaluate_across_ranks
+from aplantida_dist.evaluation import Evaluation, as_evaluation_metrics, evaluate_across_ranks
 from aplantida_dist.files import replacing, write_json
 from aplantida_dist.history import EvaluationMetrics
 from aplantida_dist.lineage import Identities
@@ -26,7 +27,14 @@ from aplantida_dist.long_tail import ShiftedLogits, log_prior
 from aplantida_dist.model import pixel_convention
 from aplantida_dist.origin import leak_error, leak_text, unknown_lines
 from aplantida_dist.other_classes import CHOICES, labels_in_run, without_others
-from aplantida_dist.recipe import decided, evaluation_transform_of, model_of, normalize_of, reading_of
+from aplantida_dist.recipe import (
+    bad_sample_budget_of,
+    decided,
+    evaluation_transform_of,
+    model_of,
+    normalize_of,
+    reading_of,
+)
 from aplantida_dist.record import classes_text, clean_text
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
 from aplantida_dist.signals import end_like_ctrl_c
@@ -70,8 +78,10 @@ def main() -> None:
             reading=reading_of(config, world),
             leaked=leaked,
             between_rounds=lambda: None,
+            voids_bad_samples=config.data.on_bad_sample == "void",
             write_predictions=_writer(arguments.predictions, world, files) if arguments.predictions else None,
         )
+        _require_within_budget(evaluation, config, class_map=opened.class_map, world=world)
     metrics = as_evaluation_metrics(
         evaluation,
         expected_samples=split.num_samples,
@@ -85,6 +95,9 @@ def main() -> None:
         if arguments.json:
             write_json(arguments.json, {split.name: metrics.model_dump(mode="json", exclude_none=True)})
         _print_metrics(split.name, metrics, arguments)
+        if evaluation.bad:
+            counts = counts_text(evaluation.bad, class_names=opened.class_map.class_names)
+            print(f"{split.name} · {len(evaluation.bad)} bad samples are void: {counts}", flush=True)
     world.close()
 
 
@@ -95,8 +108,12 @@ class _Opened:
     model: nn.Module
     checkpoint: Checkpoint
     split: Split
-    num_classes: int
+    class_map: ClassMap
     labels: tuple[int, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return self.class_map.num_classes
 
 
 def _open(arguments: argparse.Namespace, config: Config) -> _Opened:
@@ -116,7 +133,14 @@ def _open(arguments: argparse.Namespace, config: Config) -> _Opened:
         split = split.relabelled(labels)
     model = model_of(config, num_classes=class_map.num_classes, pretrained=False)
     load_model_state(model, checkpoint, arguments.weights)
-    return _Opened(model, checkpoint, split, class_map.num_classes, labels)
+    return _Opened(model, checkpoint, split, class_map, labels)
+
+
+def _require_within_budget(evaluation: Evaluation, config: Config, *, class_map: ClassMap, world: World) -> None:
+    """Raise BadSampleError, on every rank, where more samples are bad than the config lets be void. No file is written then."""
+    budget = bad_sample_budget_of(config)
+    if len(evaluation.bad) > budget:
+        raise world.told_by_main(budget_error(evaluation.bad, budget=budget, class_names=class_map.class_names))
 
 
 def _post_hoc_shift(tau: float, checkpoint: Checkpoint, config: Config) -> Tensor:

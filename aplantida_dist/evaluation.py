@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from aplantida_dist.data.bad_sample import BadSample
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import EvaluationTransform
 from aplantida_dist.data.manifest import identity_digest
@@ -28,12 +29,14 @@ TOP = 5
 class Evaluation:
     """Metrics over a whole split, and over its clean part where `leaked_samples` of it had been trained on.
 
-    `clean` is None where nothing has leaked, and where everything has.
+    `clean` is None where nothing has leaked, and where everything has. `bad` are the samples that could not be delivered, in the
+    stored order; they are void in both.
     """
 
     whole: Metrics
     leaked_samples: int
     clean: Metrics | None
+    bad: tuple[BadSample, ...] = ()
 
 
 def evaluate_across_ranks(
@@ -48,6 +51,7 @@ def evaluate_across_ranks(
     reading: Reading,
     leaked: Identities,
     between_rounds: Callable[[], None],
+    voids_bad_samples: bool,
     write_predictions: Callable[[str], Any] | None = None,
 ) -> Evaluation:
     """Collective. Evaluate a bare model (not wrapped in DDP) on every sample of a split; each rank returns the same metrics.
@@ -56,11 +60,16 @@ def evaluate_across_ranks(
     of device neither do the totals, to the last bit. `write_predictions` gets one JSON line a sample, in the stored
     order, on the main process; it is given on every rank or on none. `leaked` names the samples that the weights
     had been trained on: int64 [n], ascending, maybe none. `between_rounds` is called equally often on every rank, and
-    may raise to leave. Raises CoverageError, StreamError.
+    may raise to leave. A bad sample is void, and has no prediction, with `voids_bad_samples`; else it is a StreamError.
+    Raises CoverageError.
     """
     plan = StoredPlan(split.shard_sizes, micro_batch_size)
     slots = plan.slots_of(world.rank, world.world_size)
-    micro_batches = MicroBatches(split, plan, transform, seed=0, with_metadata=write_predictions is not None)
+    with_metadata = write_predictions is not None
+    micro_batches = MicroBatches(
+        split, plan, transform, seed=0, with_metadata=with_metadata, voids_bad_samples=voids_bad_samples
+    )
+    bad: list[BadSample] = []
     totals, clean_totals = Totals(num_classes, world.device), Totals(num_classes, world.device)
     leaked_here = torch.from_numpy(leaked).to(world.device)
     in_training = [module for module in model.modules() if module.training]
@@ -76,6 +85,10 @@ def evaluate_across_ranks(
             if len(leaked):
                 clean_weights = torch.where(is_among(batch.identities, leaked_here), 0.0, batch.weights)
                 clean_totals.update(logits, losses, weights=clean_weights, **told)
+            if read.bad:
+                bad += read.bad
+                totals.add_void(batch.bad_identities)
+                clean_totals.add_void(batch.bad_identities[~is_among(batch.bad_identities, leaked_here)])
             if write_predictions is not None:
                 for lines in world.gather_across_ranks(list(prediction_lines(read, logits, losses))):
                     if world.is_main:
@@ -83,11 +96,17 @@ def evaluate_across_ranks(
     for module in in_training:  # frozen ones are not
         module.training = True
     whole, clean = world.sum_across_ranks(torch.stack((totals.vector, clean_totals.vector)))
-    return _divided(whole, clean, split=split, leaked=leaked)
+    evaluation = _divided(whole, clean, split=split, leaked=leaked)
+    if not voids_bad_samples:
+        return evaluation
+    gathered = (sample for samples in world.gather_across_ranks(bad) for sample in samples)
+    return replace(evaluation, bad=tuple(sorted(gathered, key=lambda sample: (sample.slot, sample.place))))
 
 
 def is_among(identities: Tensor, sought: Tensor) -> Tensor:
-    """Which of the identities (int64 [b]) are among those sought (int64 [n], ascending, n ≥ 1); bool [b], without waiting for the device."""
+    """Which of the identities (int64 [b]) are among those sought (int64 [n], ascending); bool [b], without waiting for the device."""
+    if not len(sought):
+        return torch.zeros_like(identities, dtype=torch.bool)
     places = torch.searchsorted(sought, identities).clamp_(max=len(sought) - 1)
     return sought[places] == identities
 

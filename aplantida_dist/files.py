@@ -61,15 +61,27 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def reason_of(error: OSError, path: Path, *, num_bytes: int) -> str:
-    """Why `num_bytes` could not be written at a path; on a full disk also how many those are, and how many are free.
+    """Why `num_bytes` could not be written at a path; on a full disk, or beyond a quota, also how many those are, and how many are free.
 
     0 stands for a name alone: a disk can be full of names while bytes are free.
     """
     reason = error.strerror or type(error).__name__
-    if error.errno != errno.ENOSPC:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return reason
     needed = f"{num_bytes:,} bytes more" if num_bytes else "one more name"
-    return f"{reason} ({needed} needed, {shutil.disk_usage(path.parent).free:,} bytes free)"
+    return f"{reason} ({needed} needed, {free_bytes(path):,} bytes free)"
+
+
+def free_bytes(path: Path) -> int:
+    """The room on the file system of a path, or of what is there of it."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def require_room(path: Path, num_bytes: int) -> None:
+    """Raise the OSError of a full disk where fewer bytes are free than are to be written. A quota is not seen here."""
+    if free_bytes(path) < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_json(path: Path, content: Any) -> None:

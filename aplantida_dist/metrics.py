@@ -89,6 +89,12 @@ class Totals:
         """Add the vector of other totals, such as those of the first half of an epoch from a checkpoint."""
         self.vector += other.to(self.vector.device)
 
+    def add_void(self, identities: Tensor) -> None:
+        """Count samples of which nothing is known but who they are, int64 [n]: as void, and as nothing else but the identities."""
+        head, _, _ = self._parts()
+        head[_FIELDS.index("void")] += len(identities)
+        head[_FIELDS.index("identity")] += identities.sum()
+
     def void_since(self, before: Tensor) -> None:
         """Count every sample since `before`, a copy of the vector, as void and, but for the identities, as nothing else."""
         samples, void, identity = (_FIELDS.index(name) for name in ("samples", "void", "identity"))

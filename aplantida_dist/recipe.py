@@ -234,6 +234,11 @@ def nonfinite_policy_of(config: Config) -> NonFinitePolicy:
     return NonFinitePolicy(action, config.train.nonfinite_budget if action == "skip" else 0)
 
 
+def bad_sample_budget_of(config: Config) -> int:
+    """How many different samples may be void because they are bad. Where the first one stops the run there is no budget, and none is read."""
+    return config.data.bad_sample_budget if config.data.on_bad_sample == "void" else 0
+
+
 def stopping_of(config: Config) -> Stopping | None:
     """When to stop early; None where no patience is given, and then nothing else of the section is read."""
     patience_epochs = config.stopping.patience_epochs

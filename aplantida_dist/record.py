@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from aplantida_dist.bad_samples import BadSampleLedger, Entry
 from aplantida_dist.checkpoint import CheckpointError, Position, point_to, retain, save_checkpoint
 from aplantida_dist.files import write_json
 from aplantida_dist.history import EvaluationMetrics, History, Row, SplitMetrics
@@ -70,6 +71,9 @@ class Record:
         """Leave word of a step that is not finite in the run folder; returns the file's name."""
         return ""
 
+    def write_bad_samples(self, entries: Sequence[Entry]) -> None:
+        """Put samples that could not be delivered into the ledger, and say so. Raises BadSampleError beyond its budget."""
+
     def save(self, state: State, *, step: int, epoch: int, so_far: EpochSoFar, scaler: Mapping[str, Any]) -> None:
         """Write a checkpoint of the state after `step` completed updates."""
 
@@ -88,6 +92,7 @@ class MainRecord(Record):
     report: Report
     progress: Progress
     status: Status
+    ledger: BadSampleLedger
     checkpoints_dir: Path
     provenance: Provenance
     resumes: Sequence[Resume]
@@ -112,6 +117,10 @@ class MainRecord(Record):
         write_json(path, account)
         return path.name
 
+    def write_bad_samples(self, entries: Sequence[Entry]) -> None:
+        if told := self.ledger.add(entries):
+            self.progress.say(f"step {entries[-1].step}: {told}")
+
     def append(self, row: Row) -> None:
         before = self.history.rows[-1].step if self.history.rows else 0
         changed = changes_within(self.resumes, first_step=before, end_step=row.step)
@@ -120,6 +129,8 @@ class MainRecord(Record):
         best = self.history.best(self.best_metric, self.best_mode)
         self.report.show(row, best=best)
         self.progress.say(summary_line(row, is_best=best is row))
+        for line in self.ledger.lines_of(row.epoch):
+            self.progress.say(line)
 
     def save(self, state: State, *, step: int, epoch: int, so_far: EpochSoFar, scaler: Mapping[str, Any]) -> None:
         held = [*state.model.items(), *((f"EMA of {name}", tensor) for name, tensor in (state.ema or {}).items())]

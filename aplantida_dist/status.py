@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -9,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from aplantida_dist.errors import UserError
 from aplantida_dist.files import write_json
 
 STATUS_FILE = "status.json"
@@ -28,8 +30,9 @@ class Status:
         self._epoch, self._step = 0, 0
 
     def fail(self, reason: str) -> None:
-        """Say that the run has ended with an error, and where it stood."""
-        self.tell("failed", epoch=self._epoch, step=self._step, reason=reason)
+        """Say that the run has ended with an error, and where it stood. Where that cannot be written, the error itself is told."""
+        with contextlib.suppress(UserError):
+            self.tell("failed", epoch=self._epoch, step=self._step, reason=reason)
 
     def tell(self, phase: Phase, *, epoch: int, step: int, **facts: Any) -> None:
         """Say where the run is: epoch from 1, completed steps; facts such as images_per_s and eta_s."""

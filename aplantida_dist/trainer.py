@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aplantida_dist.bad_samples import Entry
+from aplantida_dist.data.bad_sample import BadSample
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import Coordinates, TrainPlan
@@ -45,6 +47,7 @@ from aplantida_dist.seeds import derive
 from aplantida_dist.state import take_state_across_ranks
 from aplantida_dist.stopping import Stopping, reason_to_stop
 from aplantida_dist.teachers import Teachers
+from aplantida_dist.voiding import divide_by_the_rest_across_ranks, record_across_ranks
 from aplantida_dist.world import World, seed_device
 
 
@@ -80,6 +83,7 @@ class Job:
     nonfinite: NonFinitePolicy
     stopping: Stopping | None
     interruption: Interruption
+    voids_bad_samples: bool
     metrics_to_hold: tuple[str, ...]
     freezing: Freezing
     missing_soft_labels: int
@@ -97,6 +101,7 @@ class Running:
     """The epoch in progress on this rank: its totals and its clocks. What a checkpoint brought lies on the main process.
 
     done, saved_step: the completed steps of the run, and of its last checkpoint; the same on every rank.
+    bad: the samples that this rank could not deliver and that the ledger has not seen yet.
     """
 
     totals: Totals
@@ -106,6 +111,7 @@ class Running:
     watch: Watch = field(default_factory=Watch)
     done: int = 0
     saved_step: int = 0
+    bad: list[Entry] = field(default_factory=list)
 
     def reset(self) -> None:
         """Begin the next epoch."""
@@ -158,7 +164,9 @@ def _run_steps(job: Job, running: Running, start_step: int) -> None:
 
 def read_ahead(job: Job, start_step: int) -> Iterator[Batch]:
     """This rank's micro-batches from a step to the end of the run, across epochs without a pause."""
-    micro_batches = MicroBatches(job.train_split, job.plan, job.train_transform, seed=job.seed)
+    micro_batches = MicroBatches(
+        job.train_split, job.plan, job.train_transform, seed=job.seed, voids_bad_samples=job.voids_bad_samples
+    )
     return stream(micro_batches, _coordinates(job, start_step), reading=job.reading)
 
 
@@ -173,7 +181,7 @@ def _coordinates(job: Job, start_step: int) -> Iterator[Coordinates]:
 def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) -> None:
     """One optimizer update with the gradient of Σ w·ℓ / Σ w over the step's samples on all ranks.
 
-    The divisor comes from the plan. DDP and FSDP2 average over ranks, so the sum is multiplied by their number: the two cancel. A
+    The divisor comes from the plan, corrected afterwards where samples may be void. DDP and FSDP2 average over ranks, so the sum is multiplied by their number: the two cancel. A
     step that is left out, because it is not finite or overflowed in fp16, is counted and keeps its place: which samples
     and which learning rate a step has follows from its number alone.
     """
@@ -183,6 +191,7 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
     slots = job.plan.slots_of(job.world.rank, job.world.world_size)
     before = Before.of(job.model, running.totals) if job.nonfinite.action == "skip" else None
     seen: list[SlotLosses] = []
+    num_bad = 0
     for slot in slots:
         asked_ns = time.perf_counter_ns()
         read = next(batches)
@@ -203,6 +212,13 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         running.totals.update(
             logits.detach(), losses.detach(), labels=targets.labels, weights=batch.weights, identities=batch.identities
         )
+        if read.bad:
+            num_bad += len(read.bad)
+            running.totals.add_void(batch.bad_identities)
+            running.bad += _entries(read.bad, job, step + 1)
+    if job.voids_bad_samples:
+        num_planned = job.plan.samples_in_step(step % job.plan.steps_per_epoch)
+        divide_by_the_rest_across_ranks(job.model, num_bad=num_bad, num_planned=num_planned, world=job.world)
     job.freezing.drop_gradients(step)
     if job.extra_checks:
         _check_gradients(job.model, step)
@@ -211,6 +227,12 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
     spent_ns = time.perf_counter_ns() - started_ns
     running.spent_ns += spent_ns
     running.train_s += spent_ns / 1e9
+
+
+def _entries(bad: Iterable[BadSample], job: Job, done: int) -> list[Entry]:
+    """Bad samples as the ledger holds them: those of the last of `done` steps, or of an evaluation after it."""
+    epoch = (done - 1) // job.plan.steps_per_epoch + 1
+    return [Entry(**sample.model_dump(), epoch=epoch, step=done) for sample in bad]
 
 
 def _clip(job: Job) -> Tensor:
@@ -358,13 +380,13 @@ def _evaluate(job: Job, *, epoch: int, done: int) -> dict[str, EvaluationMetrics
     if job.val_split is None or epoch % job.evaluate_every_epochs:
         return {}
     job.record.tell("evaluating", epoch=epoch, step=done)
-    blocks = {"val": _evaluate_model(job, job.world.unwrap(job.model), job.val_split)}
+    blocks = {"val": _evaluate_model(job, job.world.unwrap(job.model), job.val_split, done)}
     if job.ema is not None:
-        blocks["val_ema"] = _evaluate_model(job, job.ema.model, job.val_split)
+        blocks["val_ema"] = _evaluate_model(job, job.ema.model, job.val_split, done)
     return blocks
 
 
-def _evaluate_model(job: Job, bare_model: nn.Module, split: Split) -> EvaluationMetrics:
+def _evaluate_model(job: Job, bare_model: nn.Module, split: Split, done: int) -> EvaluationMetrics:
     """Collective. One block: a model over a split, with the main process's buffers on every rank."""
     # DDP would broadcast buffers at the first forward, where a rank without a batch hangs; the bare model never does.
     job.world.share_buffers_across_ranks(bare_model)
@@ -379,7 +401,11 @@ def _evaluate_model(job: Job, bare_model: nn.Module, split: Split) -> Evaluation
         reading=job.reading,
         leaked=job.leaked,
         between_rounds=job.interruption.poll_across_ranks,
+        voids_bad_samples=job.voids_bad_samples,
     )
+    if evaluation.bad:  # the same on every rank
+        entries = _entries(evaluation.bad, job, done) if job.world.is_main else []
+        record_across_ranks(entries, world=job.world, record=job.record)
     return as_evaluation_metrics(evaluation, expected_samples=split.num_samples, train_counts=job.train_counts)
 
 
@@ -406,8 +432,11 @@ def _save(job: Job, running: Running, done: int) -> None:
 
 
 def _sum_across_ranks(job: Job, running: Running) -> EpochSoFar:
-    """Collective. The running epoch over all ranks. NonFiniteError, on every rank, where the last step has to stop the run."""
+    """Collective. The running epoch over all ranks. NonFiniteError or BadSampleError, on every rank, where that has to stop the run."""
     read_unread_across_ranks(running.watch, policy=job.nonfinite, world=job.world, record=job.record)
+    if job.voids_bad_samples:
+        record_across_ranks(running.bad, world=job.world, record=job.record)
+        running.bad = []
     clocks = torch.tensor([running.spent_ns, running.waited_ns], dtype=torch.int64, device=job.world.device)
     summed = job.world.sum_across_ranks(torch.cat((running.totals.vector, clocks)))
     totals: Tensor = summed[:-2]

@@ -208,6 +208,7 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         nonfinite=NonFinitePolicy("stop", budget=0),
         stopping=None,
         interruption=Interruption(world, Listener()),
+        voids_bad_samples=False,
         metrics_to_hold=(),
         freezing=freezing,
         missing_soft_labels=0,

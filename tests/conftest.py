@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from aplantida_dist.shards.writer import ShardLimits
+from tests.disks import can_mount, mounted
 from tests.pictures import build, fill
 
 torch.set_num_threads(1)
@@ -29,3 +31,14 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("datasets") / "small"
     build(folder, out, limits=ShardLimits(num_samples=13))
     return out
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own in memory, of 64 MiB; `tests.disks.remount` changes it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not can_mount(folder):
+        pytest.skip("no file system can be mounted here: run as root to test full and read-only disks")
+    with mounted(folder):
+        yield folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disks import remount
 from pictures import build, digests_of, draw, fill, put
 
 from aplantida_dist.data.manifest import Reencoding
@@ -234,26 +234,6 @@ def test_a_source_that_changes_between_the_passes_is_one_line(tmp_path: Path, so
     assert f"{says}" in last
     assert "leave the pictures alone and build again" in last
     assert names_in(tmp_path / "home") == []
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own in memory; its size can be changed by `resize`."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        shutil.which("mount") is None
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", folder], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("no file system can be mounted here: run as root to test full and read-only disks")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def remount(disk: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
 
 
 def build_without_asking_for_room(source: Path, dataset_dir: Path) -> None:

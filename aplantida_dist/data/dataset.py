@@ -185,14 +185,22 @@ class Split:
         return index
 
     def open_shard(self, shard_index: int) -> int:
-        """A descriptor of a shard's tar, for the caller to close; ShardError where it cannot be opened."""
-        path = self.shard_path(shard_index)
+        """A descriptor of a shard's tar, for the caller to close; ShardError where it cannot be opened, or is another by now."""
+        path, expected_bytes = self.shard_path(shard_index), self.manifest.shards[shard_index].bytes
         try:
-            return os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise ShardError(
                 f"{path}: the shard cannot be opened: {error.strerror}; rebuild or copy the dataset again"
             ) from error
+        found_bytes = os.fstat(descriptor).st_size
+        if found_bytes != expected_bytes:
+            os.close(descriptor)
+            raise ShardError(
+                f"{path}: the shard has {found_bytes} bytes, the manifest says {expected_bytes}: it was cut or replaced since the "
+                "run began; copy or rebuild the dataset"
+            )
+        return descriptor
 
     def sample_keys(self, shard_index: int) -> list[str]:
         """The keys of a shard's samples that are to be read, from its tar headers, or of a foreign shard from its index."""

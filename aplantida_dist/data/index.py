@@ -45,6 +45,14 @@ class ShardError(UserError):
     """A shard or its index is absent, cut, changed, or not what the manifest says."""
 
 
+class ChangedMemberError(ShardError):
+    """The bytes of one sample have changed; its tar header still says whose they are."""
+
+    def __init__(self, text: str, *, sample_key: str) -> None:
+        super().__init__(text)
+        self.sample_key = sample_key
+
+
 @dataclass(frozen=True)
 class Member:
     """The image of one sample, as read from its shard."""
@@ -98,10 +106,13 @@ def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
 
     The key comes from the index where that holds it, else from the header.
 
-    `entry` is one row of the index. Raises ShardError for a cut shard, a header that is not one, or a changed byte.
+    `entry` is one row of the index. Raises ShardError for a cut shard or a header that is not one, ChangedMemberError for a changed byte.
     """
     offset, length = int(entry["offset"]), int(entry["length"])
-    block = os.pread(descriptor, HEADER_BYTES + length, offset - HEADER_BYTES)
+    try:
+        block = os.pread(descriptor, HEADER_BYTES + length, offset - HEADER_BYTES)
+    except OSError as error:
+        raise ShardError(f"{shard_path}: cannot be read at offset {offset}: {error.strerror}; {REMEDY}") from error
     if len(block) != HEADER_BYTES + length:
         raise ShardError(
             f"{shard_path}: ends inside the sample at offset {offset}: {length} bytes expected, the shard is cut short; {REMEDY}"
@@ -109,9 +120,8 @@ def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
     sample_key = _key_of_entry(entry) or _key_of_header(block[:HEADER_BYTES], offset, shard_path)
     content = block[HEADER_BYTES:]
     if zlib.crc32(content) != int(entry["crc32"]):
-        raise ShardError(
-            f"{shard_path}: sample {sample_key} at offset {offset} has changed (its crc32 differs from the index); {REMEDY}"
-        )
+        text = f"{shard_path}: sample {sample_key} at offset {offset} has changed (its crc32 differs from the index); {REMEDY}"
+        raise ChangedMemberError(text, sample_key=sample_key)
     return Member(sample_key, content)
 
 

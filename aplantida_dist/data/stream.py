@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from aplantida_dist.data.bad_sample import BadSample
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.decode import DecodeError
 from aplantida_dist.data.images import Transform
-from aplantida_dist.data.index import ShardError, read_member, read_metadata
+from aplantida_dist.data.index import ChangedMemberError, ShardError, read_member, read_metadata
 from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
 from aplantida_dist.errors import UserError
@@ -27,6 +28,10 @@ MAX_OPEN_SHARDS = 512
 """File descriptors a worker keeps open; half of the usual limit of 1,024."""
 
 
+GREY = 128
+"""Every value of the picture that stands in where a micro-batch holds no good one."""
+
+
 class StreamError(UserError):
     """A sample that the plan names could not be delivered; the text names its shard and key."""
 
@@ -35,7 +40,9 @@ class StreamError(UserError):
 class Batch:
     """One micro-batch: images uint8 [b, 3, h, w]; labels int64 [b]; weights float32 [b]; identities int64 [b]; keys [b].
 
-    Padding has weight 0. `metadata` is what KEY.json holds, where it was asked for. `failure` is the text of an error that a worker met; such a batch never leaves the stream.
+    Padding has weight 0, and so have the samples of `bad`: their identities are their own, picture and label those of the first good
+    sample of the micro-batch (so that BatchNorm and mixing see nothing strange), or grey. `metadata` is what KEY.json holds, where
+    it was asked for. `failure` is the text of an error that a worker met; such a batch never leaves the stream.
     """
 
     at: Coordinates
@@ -45,7 +52,13 @@ class Batch:
     identities: Tensor
     sample_keys: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...] = ()
+    bad: tuple[BadSample, ...] = ()
     failure: str | None = None
+
+    @property
+    def bad_identities(self) -> Tensor:
+        """Who the bad samples are: int64 [len(bad)], where the batch is."""
+        return self.identities[[sample.place for sample in self.bad]]
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader's pinning thread where there is a GPU."""
@@ -85,8 +98,11 @@ class MicroBatches(Dataset[Batch]):
         *,
         seed: int,
         with_metadata: bool = False,
+        voids_bad_samples: bool = False,
     ) -> None:
+        """With `voids_bad_samples` a batch says which of its samples are bad; without, the first of them is a failure."""
         self.with_metadata = with_metadata
+        self.voids_bad_samples = voids_bad_samples
         self.split = split
         self.plan = plan
         self.transform = transform
@@ -107,30 +123,61 @@ class MicroBatches(Dataset[Batch]):
                 samples.append(self._read(shard_index, member_index, augment_seed, into=pixels[i]))
         except UserError as error:
             failure = str(error)
+        labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+        weights = torch.from_numpy(micro_batch.weights)
+        bad = self._bad_among(samples, weights, slot=at.slot)
+        _stand_in(samples, pixels, labels, weights)
         return Batch(
             at=at,
             images=pixels.permute(0, 3, 1, 2),
-            labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
-            weights=torch.from_numpy(micro_batch.weights),
+            labels=labels,
+            weights=weights,
             identities=torch.tensor([identity_of(sample.key) for sample in samples], dtype=torch.int64),
             sample_keys=tuple(sample.key for sample in samples),
             metadata=tuple(sample.metadata for sample in samples) if self.with_metadata else (),
+            bad=bad,
             failure=failure,
         )
 
     def _read(self, shard_index: int, member_index: int, augment_seed: int, *, into: Tensor) -> _Sample:
-        """Read, check, decode and augment one sample into its place (uint8 [h, w, 3])."""
+        """Read, check, decode and augment one sample into its place (uint8 [h, w, 3]). Raises ShardError."""
         shard = self._shard(shard_index)
         entry = shard.index[member_index]
-        member = read_member(shard.descriptor, entry, shard_path=shard.path)
+        offset, fault = int(entry["offset"]), ""
         try:
+            member = read_member(shard.descriptor, entry, shard_path=shard.path)
+            sample_key = member.sample_key
             into.numpy()[:] = self.transform(member.content, augment_seed)
+        except ChangedMemberError as error:
+            if not self.voids_bad_samples:
+                raise
+            sample_key, fault = error.sample_key, "has changed (its crc32 differs from the index)"
         except DecodeError as error:
-            raise ShardError(
-                f"{shard.path}: sample {member.sample_key} {error}; rebuild the dataset without it"
-            ) from error
-        metadata = read_metadata(shard.descriptor, shard.index, member_index) if self.with_metadata else {}
-        return _Sample(member.sample_key, int(entry["label"]), metadata)
+            if not self.voids_bad_samples:
+                raise ShardError(
+                    f"{shard.path}: sample {sample_key} at offset {offset} {error}; rebuild the dataset without it, or set data.on_bad_sample to void"
+                ) from error
+            fault = str(error)
+        has_metadata = self.with_metadata and not fault
+        metadata = read_metadata(shard.descriptor, shard.index, member_index) if has_metadata else {}
+        return _Sample(sample_key, int(entry["label"]), metadata, shard.path.name, offset, fault)
+
+    def _bad_among(self, samples: Sequence[_Sample], weights: Tensor, *, slot: int) -> tuple[BadSample, ...]:
+        """The bad ones that are no padding."""
+        return tuple(
+            BadSample(
+                split=self.split.name,
+                slot=slot,
+                place=place,
+                shard=sample.shard,
+                sample_key=sample.key,
+                offset=sample.offset,
+                label=sample.label,
+                reason=sample.fault,
+            )
+            for place, sample in enumerate(samples)
+            if sample.fault and weights[place] > 0
+        )
 
     def _shard(self, shard_index: int) -> _OpenShard:
         """The open shard, from a bounded cache of the least recently used."""
@@ -145,11 +192,14 @@ class MicroBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class _Sample:
-    """What a sample is besides its pixels."""
+    """What a sample is besides its pixels; `fault` says why it has none, and is empty where it has."""
 
     key: str
     label: int
     metadata: dict[str, Any]
+    shard: str
+    offset: int
+    fault: str
 
 
 class _OpenShard:
@@ -162,6 +212,19 @@ class _OpenShard:
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+def _stand_in(samples: Sequence[_Sample], pixels: Tensor, labels: Tensor, weights: Tensor) -> None:
+    """Put the first good sample of a micro-batch, at weight 0, in the place of each bad one, or grey where none is good.
+
+    pixels: uint8 [b, h, w, 3]; labels: int64 [b]; weights: float32 [b].
+    """
+    good = next((place for place, sample in enumerate(samples) if not sample.fault), None)
+    for place, sample in enumerate(samples):
+        if sample.fault:
+            weights[place] = 0.0
+            pixels[place] = GREY if good is None else pixels[good]
+            labels[place] = labels[place if good is None else good]
 
 
 def stream(micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, reading: Reading) -> Iterator[Batch]:
