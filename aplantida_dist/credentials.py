@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 _USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")
+_TOLD_USER_INFO = re.compile(r"(?<=:/)(/?)[^/?#\s]*@")
+"""Of a URL that was taken for a path on the way, which has lost a slash, too."""
 
 
 def has_credentials(text: str) -> bool:
@@ -14,4 +16,4 @@ def has_credentials(text: str) -> bool:
 
 def without_credentials(text: str) -> str:
     """The text with `***@` in the place of each URL's user and password."""
-    return _USER_INFO.sub("***@", text)
+    return _TOLD_USER_INFO.sub(r"\1***@", text)

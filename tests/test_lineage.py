@@ -20,7 +20,7 @@ from aplantida_dist.analysis.curves import best_epoch
 from aplantida_dist.analysis.sources import read_sources
 from aplantida_dist.analysis.table import best_line
 from aplantida_dist.analysis.verdicts import judge
-from aplantida_dist.checkpoint import load_checkpoint
+from aplantida_dist.checkpoint import load_checkpoint, point_to
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.errors import UserError
@@ -289,6 +289,7 @@ def old_checkpoint(run: Path, folder: Path) -> Path:
         del position["lineage"], position["files"]["seen.npy"], position["law_fields"]["model.init_from"]
         del position["history"], position["digest"]
         (checkpoint / "position.json").write_text(json.dumps({**position, "format": 1}))
+        point_to(copy / "checkpoints", "best", checkpoint)
     return copy
 
 

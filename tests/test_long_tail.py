@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aplantida_dist.checkpoint import point_to
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.data.frequency import frequency_of
 from aplantida_dist.history import columns_of, make_row
@@ -305,6 +306,7 @@ def test_a_checkpoint_without_counts_is_evaluated_without_frequencies(
     assert content.pop("train_counts") == open_dataset(dataset_dir).open_split("train").counts_of_classes(6)
     del content["history"], content["digest"]
     position.write_text(json.dumps({**content, "format": 2}))
+    point_to(old / "checkpoints", "best", position.parent)
     (finished,) = evaluate(old, dataset_dir, tmp_path)
     assert (finished.code, "does not tell its train counts" in finished.stdout) == (0, True)
     metrics, _ = found_in(tmp_path)

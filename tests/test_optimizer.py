@@ -72,6 +72,7 @@ def saved(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> P
         nonfinite_steps_of_run=0,
         train_counts=None,
         lineage=Lineage(np.zeros(0, dtype=np.int64)).facts(),
+        history=None,
     )
     return save_checkpoint(
         folder,

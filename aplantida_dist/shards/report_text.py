@@ -36,7 +36,7 @@ def to_text(account: Account) -> str:
 def to_markdown(account: Account) -> str:
     """The account as report.md: the same tables, the classes from rare to frequent, and examples of what was left out."""
     lines = [f"# What became of `{_code(account.source_name)}`", "", f"- {sum_of(account)}"]
-    lines += [f"- {remark}" for remark in remarks_of(account)]
+    lines += [f"- {_cell(remark)}" for remark in remarks_of(account)]
     lines += ["", "| split | samples | classes | shards | MB |", "|---|--:|--:|--:|--:|"]
     for manifest in account.manifests:
         row = split_row(manifest)
@@ -66,7 +66,7 @@ def _licence_table(account: Account) -> list[str]:
     if not account.licence_counts:
         return []
     lines = ["", "## Licences", "", "| licence | samples |", "|---|--:|"]
-    lines += [f"| {name}{forbids(name)} | {count:,} |" for name, count in account.licence_counts.items()]
+    lines += [f"| {_cell(name)}{forbids(name)} | {count:,} |" for name, count in account.licence_counts.items()]
     stated = ", ".join(f"{manifest.split} {manifest.licence}" for manifest in account.manifests if manifest.licence)
     return [*lines, "", f"The most restrictive inside: {stated}."]
 

@@ -18,6 +18,7 @@ from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import load_class_map
 from aplantida_dist.resumes import Resume, changes_within, note_resume, read_resumes
 from aplantida_dist.run_folder import RunFolderError, changed_since, require_same_run
+from aplantida_dist.seal import sealed, unsealed
 from aplantida_dist.shards.writer import ShardLimits
 from aplantida_dist.strict_yaml import show
 from tests.faults.conftest import Fired
@@ -85,7 +86,9 @@ def test_what_decides_no_number_is_accepted_and_noted(
     """The samples are the same; the note outlives a kill after the next checkpoint."""
     shutil.copytree(dataset_dir, tmp_path / "moved")
     for path in broken.glob("checkpoints/step_*/position.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "code_version": "0.0.1"}))
+        content = unsealed(json.loads(path.read_text()))
+        assert content is not None
+        path.write_text(json.dumps(sealed({**content, "code_version": "0.0.1"})))
     # Each key once beside the ranks and the version: free fields of every section that has some.
     changed: dict[str, tuple[Any, Any]] = {
         "world_size": (1, 2),

@@ -37,9 +37,10 @@ POSITION = Position(
     world_size=1,
     digests={},
     law_fields={},
+    free_fields=None,
     code_version="0",
     wandb_run_id="",
-    optimizer={},
+    optimizer={"groups": [], "scalars": {}},
     scaler={},
     train_s=0.0,
     spent_ns=0,
@@ -49,6 +50,7 @@ POSITION = Position(
     nonfinite_steps_of_run=0,
     lineage=None,
     train_counts=None,
+    history=None,
 )
 
 
@@ -217,7 +219,7 @@ def test_a_run_that_cannot_begin(dataset_dir: Path, tmp_path: Path, disk: Path, 
     remount(disk, "size=64M,ro")
     code, read_only = run(config, disk / "other")
     assert code == 2
-    assert f"{disk}/other: the run folder cannot be made: Read-only file system" in read_only
+    assert f"{disk}/other: the run folder cannot be made or locked: Read-only file system" in read_only
     remount(disk, "rw")
     fired("2 of 2 refused")
 

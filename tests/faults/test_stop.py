@@ -84,7 +84,8 @@ def test_a_run_stopped_twice_is_the_unbroken_run(
         assert f"stopped by {stop.number.name}" in ranks[0].finished.stdout
         assert "Traceback" not in "".join(rank.finished.stderr for rank in ranks)
         if stop.place == EVALUATION:
-            assert max(rank.calls_after for rank in ranks) <= 1, "the evaluation went on"
+            # Asked at one round and answered at the next; the signal itself falls anywhere in a round.
+            assert max(rank.calls_after for rank in ranks) <= 2, "the evaluation went on"
             assert status["step"] % 5 == 0
     ranks = train_until(NEVER, world_size=2, config=config, run_dir=tmp_path / "run", overrides=OVERRIDES)
     assert [rank.finished.code for rank in ranks] == [0, 0]
