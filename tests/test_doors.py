@@ -132,10 +132,13 @@ def test_no_url_runs_a_command(tmp_path: Path, url: str) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_list_of_tars_has_an_end() -> None:
-    """A brace of a hundred million names is an error in a second, not a list in memory."""
+@pytest.mark.parametrize(
+    "urls", ["train-{0..100000000}.tar", "{0..9999}/{-500..500}.tar", "{" + ",".join("a" * 1100) + "}{0..999}.tar"]
+)
+def test_a_list_of_tars_has_an_end(urls: str) -> None:
+    """Braces of millions of names are an error at once, not a list in memory."""
     with pytest.raises(TarUrlError, match="more than 1,000,000 tars"):
-        expand_tar_urls("train-{0..100000000}.tar")
+        expand_tar_urls(urls)
 
 
 def test_a_checkpoint_holds_tensors_and_json(dataset_dir: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from itertools import islice
@@ -15,6 +16,7 @@ from aplantida_dist.errors import UserError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 MAX_TARS = 1_000_000
+_STRETCH = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?\}")
 _SCHEME = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9+.-]*)://|(?P<command>pipe):")
 
 
@@ -27,6 +29,10 @@ def expand_tar_urls(urls: str) -> tuple[Path, ...]:
 
     Each is a path or a file:// URL. Raises TarUrlError for what lies elsewhere, is absent, compressed, or stands twice.
     """
+    # braceexpand makes a list of each stretch before it yields the first name.
+    stretches = [(int(first), int(last), int(step or 1)) for first, last, step in _STRETCH.findall(urls)]
+    if math.prod(abs(last - first) // max(abs(step), 1) + 1 for first, last, step in stretches) > MAX_TARS:
+        raise TarUrlError(f"{urls}: names more than {MAX_TARS:,} tars; give them as several --from-tars")
     try:
         expanded = list(islice(braceexpand(urls), MAX_TARS + 1))
     except ValueError:
