@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aplantida_dist.checkpoint import Position
 from aplantida_dist.compose import Request, Training, compose_across_ranks
 from aplantida_dist.config_file import load_config
 from aplantida_dist.history import without_time
@@ -80,6 +81,21 @@ def compose(config_path: Path, run_dir: Path, overrides: Sequence[str] = ()) -> 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
     """A run's history without its clock and speed fields."""
     return [without_time(json.loads(line)) for line in (run_dir / "history.jsonl").read_text().splitlines()]
+
+
+def position_at(step: int, **known: Any) -> Position:
+    """The position of a checkpoint of which nothing is known but the step and what is given."""
+    unknown: dict[str, Any] = {
+        **dict.fromkeys(("free_fields", "lineage", "train_counts", "history")),
+        **{name: {} for name in ("digests", "law_fields", "scaler")},
+        **dict.fromkeys(("code_version", "wandb_run_id"), ""),
+        **dict.fromkeys(("epoch", "spent_ns", "waited_ns", "skipped_steps"), 0),
+        **dict.fromkeys(("nonfinite_steps", "nonfinite_steps_of_run"), 0),
+        "world_size": 1,
+        "train_s": 0.0,
+        "optimizer": {"groups": [], "scalars": {}},
+    }
+    return Position(**{**unknown, **known, "step": step})
 
 
 def cut_back(run_dir: Path, *, step: int) -> None:

@@ -12,13 +12,13 @@ import torch
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 
-from aplantida_dist.checkpoint import Position, load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from aplantida_dist.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from aplantida_dist.config import ConfigError
 from aplantida_dist.config_file import load_config
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.optimizer import OptimizerError, build_optimizer, clip_adaptively, set_learning_rate
 from tests.laws import require_exact_resume, require_same_on_two_ranks, run_whole, weights_at
-from tests.runs import compose, write_config
+from tests.runs import compose, position_at, write_config
 
 REFUSED = {"adahessian": "second derivatives", "kron": "rng_state", "kronc": "rng_state", "kronw": "rng_state"}
 NAMES = [name for name in list_optimizers() if not name.startswith(("bnb", "fused")) and name not in REFUSED]
@@ -53,30 +53,9 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def saved(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
     """A checkpoint as the record writes it."""
     tensors, facts = pack_optimizer(model, optimizer)
-    position = Position(
-        step=3,
-        epoch=0,
-        world_size=1,
-        digests={},
-        law_fields={},
-        free_fields=None,
-        code_version="",
-        wandb_run_id="",
-        optimizer=facts,
-        scaler={},
-        train_s=0.0,
-        spent_ns=0,
-        waited_ns=0,
-        skipped_steps=0,
-        nonfinite_steps=0,
-        nonfinite_steps_of_run=0,
-        train_counts=None,
-        lineage=Lineage(np.zeros(0, dtype=np.int64)).facts(),
-        history=None,
-    )
     return save_checkpoint(
         folder,
-        position=position,
+        position=position_at(3, optimizer=facts, lineage=Lineage(np.zeros(0, dtype=np.int64)).facts()),
         model_state=model.state_dict(),
         ema_state=None,
         optimizer_state=tensors,

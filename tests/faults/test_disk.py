@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from aplantida_dist.checkpoint import CheckpointError, Position, save_checkpoint
+from aplantida_dist.checkpoint import CheckpointError, save_checkpoint
 from aplantida_dist.errors import UserError
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.objective import Objective, Targets
@@ -21,7 +21,7 @@ from tests.disks import remount
 from tests.faults.conftest import Fired
 from tests.laws import last_step, train
 from tests.ranks import command_on_ranks, run_ranks
-from tests.runs import compose, rows_of, write_config
+from tests.runs import compose, position_at, rows_of, write_config
 
 PAGE_BYTES = 4096
 TOLD = re.compile(
@@ -29,29 +29,6 @@ TOLD = re.compile(
 )
 CHECKPOINT_PAGES = 2_000
 """What one checkpoint of the small model may take, generously."""
-
-
-POSITION = Position(
-    step=3,
-    epoch=0,
-    world_size=1,
-    digests={},
-    law_fields={},
-    free_fields=None,
-    code_version="0",
-    wandb_run_id="",
-    optimizer={"groups": [], "scalars": {}},
-    scaler={},
-    train_s=0.0,
-    spent_ns=0,
-    waited_ns=0,
-    skipped_steps=0,
-    nonfinite_steps=0,
-    nonfinite_steps_of_run=0,
-    lineage=None,
-    train_counts=None,
-    history=None,
-)
 
 
 def run(config: Path, run_dir: Path, *overrides: str) -> tuple[int, str]:
@@ -147,7 +124,7 @@ def test_a_checkpoint_whose_room_goes_while_it_is_written(disk: Path, tmp_path: 
     with pytest.raises(CheckpointError, match=r"No space left on device.* \([\d,]+ bytes needed, [\d,]+ bytes free\)"):
         save_checkpoint(
             disk / "checkpoints",
-            position=POSITION,
+            position=position_at(3),
             model_state={"a": torch.zeros(1 << 16)},
             ema_state=None,
             optimizer_state={},

@@ -118,6 +118,15 @@ def assert_holds_every_row_once(run_dir: Path, server: WandbServer, *, num_repea
     assert server.runs[RUN_ID].num_repeated == num_repeated
 
 
+def assert_the_next_process_fills_up(run_dir: Path, server: WandbServer) -> None:
+    """The same command again, offline, and one `wandb sync`: the server shows the history."""
+    again = Training(run_dir, url=server.url, mode="offline")
+    again.reach("done")
+    again.end()
+    sync(run_dir, server)
+    assert_holds_every_row_once(run_dir, server)
+
+
 def wait_for_rows(server: WandbServer, number: int) -> None:
     deadline_s = time.monotonic() + 2 * BUSY_S
     while len(server.runs[RUN_ID].rows()) < number:
@@ -240,11 +249,7 @@ def test_a_finish_that_never_returns_is_given_up(server: WandbServer, tmp_path: 
     told, stderr = finish(training, start_s=start_s)
     assert "W&B: not done after" in stderr
     assert not Path(f"/proc/{service}").exists()
-    again = Training(run_dir, url=server.url, mode="offline")
-    again.reach("done")
-    again.end()
-    sync(run_dir, server)
-    assert_holds_every_row_once(run_dir, server)
+    assert_the_next_process_fills_up(run_dir, server)
     fired(told)
 
 
@@ -297,11 +302,7 @@ def test_a_full_disk_in_the_folder_does_not_end_the_training(
         (run_dir / "wandb").unlink()
     else:
         assert [path.stat().st_size for path in (run_dir / "wandb").glob("offline-run-*/*.wandb")] == [limit]
-    again = Training(run_dir, url=server.url, mode="offline")
-    again.reach("done")
-    again.end()
-    sync(run_dir, server)
-    assert_holds_every_row_once(run_dir, server)
+    assert_the_next_process_fills_up(run_dir, server)
     fired(told)
 
 
