@@ -43,6 +43,13 @@ def main() -> None:
         arguments = _parse_arguments()
         config = load_config(arguments.run / CONFIG_FILE, arguments.overrides)
     world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
+    with world.watched():
+        _evaluate(arguments, config, world)
+        world.close()
+
+
+def _evaluate(arguments: argparse.Namespace, config: Config, world: World) -> None:
+    """Collective. Evaluate as the command line asks, and tell."""
     opened = world.agree_across_ranks(lambda: _open(arguments, config))
     model, checkpoint, split = opened.model, opened.checkpoint, opened.split
     world.require_equal_across_ranks("the split to evaluate", split.digest)
@@ -56,6 +63,7 @@ def main() -> None:
     other_classes = arguments.other_classes if len(opened.labels) < opened.num_classes else None
     if other_classes == "leave-out":
         model = ShiftedLogits(model, without_others(opened.labels, num_classes=opened.num_classes))
+    world.watchdog.at("evaluating", step=checkpoint.position.step)
     with ExitStack() as files:
         evaluation = evaluate_across_ranks(
             world.prepare_for_evaluation(model),
@@ -82,7 +90,6 @@ def main() -> None:
         if arguments.json:
             write_json(arguments.json, {split.name: metrics.model_dump(mode="json", exclude_none=True)})
         _print_metrics(split.name, metrics, arguments)
-    world.close()
 
 
 @dataclass(frozen=True)

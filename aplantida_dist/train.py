@@ -17,7 +17,7 @@ from aplantida_dist.debug import load_debug_config
 from aplantida_dist.errors import UserError
 from aplantida_dist.strict_yaml import show
 from aplantida_dist.trainer import train
-from aplantida_dist.world import open_world, told_once_a_node
+from aplantida_dist.world import World, open_world, told_once_a_node
 
 EXAMPLE = """\
 example:
@@ -38,6 +38,22 @@ def main() -> None:
         timeout_s=config.train.timeout_s,
         spreads_parameters=config.train.parallel == "fsdp",
     )
+    with world.watched() as watchdog:
+        training = _compose(arguments, config, world)
+        job = training.job
+        watchdog.tell_cause_to(job.record.fail)
+        train(job, start_step=training.start_step, running=training.running)
+        watchdog.at("finishing", step=job.schedule.total_steps)
+        job.record.finish()
+        world.close()
+    if world.is_main:
+        print(
+            f"done: {arguments.run_dir}; see it with `python -m aplantida_dist.analyze {arguments.run_dir}`", flush=True
+        )
+
+
+def _compose(arguments: argparse.Namespace, config: Config, world: World) -> Training:
+    """Collective. The training that the command line and the config ask for, announced."""
     if arguments.debug:
         torch.autograd.set_detect_anomaly(True)
     request = Request(
@@ -51,17 +67,7 @@ def main() -> None:
     training = compose_across_ranks(config, world=world, request=request)
     if world.is_main:
         _announce(training, arguments.run_dir)
-    try:
-        train(training.job, start_step=training.start_step, running=training.running)
-    except UserError as error:
-        training.job.record.fail(str(error))
-        raise
-    training.job.record.finish()
-    world.close()
-    if world.is_main:
-        print(
-            f"done: {arguments.run_dir}; see it with `python -m aplantida_dist.analyze {arguments.run_dir}`", flush=True
-        )
+    return training
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -163,9 +163,12 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
     slots = job.plan.slots_of(job.world.rank, job.world.world_size)
     before = Before.of(job.model, running.totals) if job.nonfinite.action == "skip" else None
     seen: list[SlotLosses] = []
+    job.world.watchdog.at("training", step=step)
     for slot in slots:
         asked_ns = time.perf_counter_ns()
+        job.world.watchdog.note("reading a batch")
         read = next(batches)
+        job.world.watchdog.note("working")
         running.waited_ns += time.perf_counter_ns() - asked_ns
         batch = read.to(job.world.device)
         seed_device(job.world.device, derive(job.seed, "slot", step, slot))
@@ -178,6 +181,8 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
             if job.extra_checks:
                 _check_losses(read, losses, step)
             weighted = batch.weights * losses
+            if slot == slots[-1]:
+                job.world.watchdog.note("waiting for the other ranks")
             job.world.accelerator.backward(weighted.sum() * scale * guard_of(weighted))
         seen.append(SlotLosses(slot, read.sample_keys, read.weights, losses.detach()))
         running.totals.update(
@@ -275,6 +280,7 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
         **_evaluate(job, epoch=epoch, done=done),
         digests=job.digests,
     )
+    job.world.watchdog.at("saving", step=done)
     job.record.append(row)
     running.reset()
     _save(job, running, done)
@@ -312,6 +318,7 @@ def _evaluate(job: Job, *, epoch: int, done: int) -> dict[str, EvaluationMetrics
     """Collective. The blocks of this epoch's row where an evaluation is due: val, and val_ema where there is an EMA."""
     if job.val_split is None or epoch % job.evaluate_every_epochs:
         return {}
+    job.world.watchdog.at("evaluating", step=done)
     job.record.tell("evaluating", epoch=epoch, step=done)
     blocks = {"val": _evaluate_model(job, job.world.unwrap(job.model), job.val_split)}
     if job.ema is not None:
@@ -341,6 +348,7 @@ def _save(job: Job, running: Running, done: int) -> None:
     """Collective. Save a checkpoint; between epochs the totals of the running one travel in it."""
     epoch = done // job.plan.steps_per_epoch
     so_far = _sum_across_ranks(job, running)
+    job.world.watchdog.at("saving", step=done)
     job.record.tell("saving", epoch=epoch, step=done)
     scaler = job.world.accelerator.scaler
     state = take_state_across_ranks(

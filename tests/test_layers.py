@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "aplantida_dist"
 
 LAYERS = [
-    ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "data.frequency"],
+    ["errors", "seeds", "schedule", "loss", "progress", "pace", "web_page", "data.frequency", "beat"],
+    ["watchdog"],
     ["files", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
     ["strict_yaml", "config_sections"],
     [
@@ -117,7 +118,7 @@ def test_every_module_has_its_place() -> None:
 @pytest.mark.parametrize("house", SIDE_HOUSES)
 def test_the_houses_beside_know_only_the_ground_floors(house: str) -> None:
     """Building, drawing and analysing need no trainer, and no torch."""
-    ground = {name for names in LAYERS[:4] for name in names} - {"world", "loss", "objective"} | {
+    ground = {name for names in LAYERS[:5] for name in names} - {"world", "watchdog", "beat", "loss", "objective"} | {
         "config_file",
         "data.dataset",
     }
