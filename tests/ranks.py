@@ -52,7 +52,7 @@ def run_ranks(world_size: int, act: Callable[..., Any], *arguments: Any) -> list
 def command_on_ranks(world_size: int, module: str, arguments: Sequence[str | Path], folder: Path) -> list[Finished]:
     """Run `python -m module arguments` on every rank; what each printed and its exit code."""
     outputs = [(folder / f"stdout_{rank}", folder / f"stderr_{rank}") for rank in range(world_size)]
-    codes = run_ranks(world_size, _run_module, module, [str(argument) for argument in arguments], outputs)
+    codes = run_ranks(world_size, run_module, module, [str(argument) for argument in arguments], outputs)
     return [Finished(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, outputs, strict=True)]
 
 
@@ -106,7 +106,7 @@ def _on_rank(
     os._exit(0)  # past pytest's own exit handlers
 
 
-def _run_module(module: str, arguments: list[str], outputs: list[tuple[Path, Path]]) -> int:
+def run_module(module: str, arguments: list[str], outputs: list[tuple[Path, Path]]) -> int:
     """Run a module as `__main__` with its output in files; returns its exit code."""
     for path, stream in zip(outputs[int(os.environ["RANK"])], (sys.__stdout__, sys.__stderr__), strict=True):
         assert stream is not None

@@ -6,16 +6,15 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 
-from tests.ranks import FORK, _run_module, environment_of, free_port
-
-POLL_S = 0.002
+from tests.ranks import FORK, environment_of, free_port, run_module
 
 
 @dataclass
@@ -73,7 +72,9 @@ class ForkedRun:
             rank.join()
 
 
-def start(world_size: int, arguments: Sequence[str | Path], folder: Path, before: object = None) -> ForkedRun:
+def start(
+    world_size: int, arguments: Sequence[str | Path], folder: Path, before: Callable[[int], None] | None = None
+) -> ForkedRun:
     """Start `python -m aplantida_dist.train arguments` on every rank and return at once. `before` is called on each rank first."""
     outputs = [(folder / f"stdout_{rank}", folder / f"stderr_{rank}") for rank in range(world_size)]
     for paths in outputs:
@@ -87,6 +88,15 @@ def start(world_size: int, arguments: Sequence[str | Path], folder: Path, before
     for rank in ranks:
         rank.start()
     return ForkedRun(ranks, folder)
+
+
+def wait_for_checkpoint(run: ForkedRun, run_dir: Path, *, step: int = 0) -> None:
+    """Return as soon as a checkpoint of this step or a later one is on disk."""
+    while run.is_alive():
+        if any(int(path.name.removeprefix("step_")) >= step for path in run_dir.glob("checkpoints/step_*")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint of step {step} came: {run.codes()} {run.said()}")
 
 
 def children_of(parent: int) -> list[int]:
@@ -112,20 +122,17 @@ def _rank(
     port: int,
     arguments: list[str],
     outputs: list[tuple[Path, Path]],
-    before: object,
+    before: Callable[[int], None] | None,
 ) -> None:
     os.setsid()
     os.environ.update(environment_of(rank, world_size, port))
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    if callable(before):
+    if before is not None:
         before(rank)
     code = 1
     try:
-        code = _run_module("aplantida_dist.train", arguments, outputs)
+        code = run_module("aplantida_dist.train", arguments, outputs)
     except BaseException:
-        # As the interpreter would: into the rank's stderr, which `_run_module` has put in place.
-        import traceback
-
-        traceback.print_exc()
+        traceback.print_exc()  # as the interpreter would
     os._exit(code)
