@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from aplantida_dist.beat import SILENT_AFTER_S, Beat, Doing, Sight, Stage, blame, decode_beat
 from aplantida_dist.errors import UserError
@@ -66,6 +66,7 @@ class Watchdog:
         self._step, self._moves, self._count = 0, 0, 0
         self._doing: Doing = "working"
         self._ended = threading.Event()
+        self._telling = threading.Lock()
         self._messenger: _Messenger | None = None
         self._asked: Future[list[str]] | None = None
         self._answered_s = 0.0
@@ -114,9 +115,11 @@ class Watchdog:
         try:
             yield
         except UserError as error:
+            self._keep_the_thread_from_telling()
             self._settle(error)
             raise
         except Exception as error:
+            self._keep_the_thread_from_telling()
             cause = self._cause_of(error)
             if cause is error:
                 error.add_note(f"on rank {self.rank}: {self.beat().text}")
@@ -129,6 +132,11 @@ class Watchdog:
         finally:
             self._ended.set()
             faulthandler.dump_traceback_later(ENDING_S, exit=True)
+
+    def _keep_the_thread_from_telling(self) -> None:
+        """Of a rank's two threads one tells the end; where the other one does, it also ends this process."""
+        if not self._telling.acquire(blocking=False):
+            time.sleep(ENDING_S)
 
     def _settle(self, error: UserError) -> None:
         """Claim that this error is the first cause; an error that another rank tells is left to it."""
@@ -241,8 +249,10 @@ class Watchdog:
         except (RuntimeError, TimeoutError):
             return text
 
-    def _end(self, text: str) -> NoReturn:
-        """End this process, whose main thread does not come back; what cannot come back here either is killed."""
+    def _end(self, text: str) -> None:
+        """End this process, unless its main thread is about to; a rank that is stopped here, and cannot end, is killed."""
+        if not self._telling.acquire(blocking=False):
+            return
         first = self._claim(text)
         if first == text:
             print(f"error: {text}", file=sys.stderr, flush=True)

@@ -141,7 +141,7 @@ def test_a_slow_rank_is_waited_for(dataset_dir: Path, tmp_path: Path, fired: Fir
         os.kill(pid, signal.SIGCONT)
     run.wait_until_gone(60)
     assert run.codes() == [0, 0], run.said()
-    whole = begin(dataset_dir, tmp_path / "whole", epochs=4)
+    whole = begin(dataset_dir, tmp_path / "whole", "train.timeout_s=60", epochs=4)
     whole.wait_until_gone(60)
     assert json.dumps(rows_of(tmp_path / "slow" / "run")) == json.dumps(rows_of(tmp_path / "whole" / "run"))
     fired("2 of 2 waited for")
