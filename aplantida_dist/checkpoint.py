@@ -296,7 +296,8 @@ def retain(checkpoints_dir: Path, *, keep_last: int) -> None:
     newest = set(sorted(checkpoints_dir.glob("step_*"))[-keep_last:])
     for folder in checkpoints_dir.glob("step_*"):
         if folder not in newest and (best is None or folder != best.path):
-            shutil.rmtree(folder)
+            # Under its own name a kill would leave half of it.
+            os.replace(folder, checkpoints_dir / f".{folder.name}.{os.getpid()}.part")
     for leftover in checkpoints_dir.glob(".step_*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -305,7 +305,10 @@ class TrainSection(Section):
     log_every_steps: Count = 10
     """Steps between two lines of progress; at least 1."""
     timeout_s: Count = 600
-    """Seconds that a rank waits for the others before the run ends with an error; at least 1."""
+    """Seconds that a rank may take for anything, from one note of its watchdog to the next, in every stage; at least 1.
+
+    Then the run ends, on all ranks, with an error that names the rank that stands still, its stage and its last step.
+    """
 
 
 class EmaSection(Section):

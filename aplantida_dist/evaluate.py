@@ -53,6 +53,13 @@ def main() -> None:
         arguments = _parse_arguments()
         config = load_config(arguments.run / CONFIG_FILE, arguments.overrides)
     world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
+    with world.watched():
+        _evaluate(arguments, config, world)
+        world.close()
+
+
+def _evaluate(arguments: argparse.Namespace, config: Config, world: World) -> None:
+    """Collective. Evaluate as the command line asks, and tell."""
     opened = world.agree_across_ranks(lambda: _open(arguments, config))
     model, checkpoint, split = opened.model, opened.checkpoint, opened.split
     world.require_equal_across_ranks("the split to evaluate", split.digest)
@@ -66,6 +73,7 @@ def main() -> None:
     other_classes = arguments.other_classes if len(opened.labels) < opened.num_classes else None
     if other_classes == "leave-out":
         model = ShiftedLogits(model, without_others(opened.labels, num_classes=opened.num_classes))
+    world.watchdog.at("evaluating", step=checkpoint.position.step)
     with ExitStack() as files:
         evaluation = evaluate_across_ranks(
             world.prepare_for_evaluation(model),
@@ -98,7 +106,6 @@ def main() -> None:
         if evaluation.bad:
             counts = counts_text(evaluation.bad, class_names=opened.class_map.class_names)
             print(f"{split.name} · {len(evaluation.bad)} bad samples are void: {counts}", flush=True)
-    world.close()
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def evaluate_across_ranks(
     with torch.no_grad():
         for read in stream(micro_batches, [Coordinates(0, 0, slot) for slot in slots], reading=reading):
             between_rounds()
+            world.watchdog.note("working")
             batch = read.to(world.device)
             logits = model(normalize(batch.images)).float()
             losses = cross_entropy(logits, batch.labels)
@@ -93,6 +94,7 @@ def evaluate_across_ranks(
                 for lines in world.gather_across_ranks(list(prediction_lines(read, logits, losses))):
                     if world.is_main:
                         write_predictions("".join(lines))
+            world.watchdog.note("reading a batch")
     for module in in_training:  # frozen ones are not
         module.training = True
     whole, clean = world.sum_across_ranks(torch.stack((totals.vector, clean_totals.vector)))

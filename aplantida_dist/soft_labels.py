@@ -49,6 +49,13 @@ def main() -> None:
         arguments = _parse_arguments()
         config = load_config(arguments.run / CONFIG_FILE, arguments.overrides)
     world = open_world(precision=config.train.precision, timeout_s=config.train.timeout_s)
+    with world.watched():
+        _label_across_ranks(arguments, config, world)
+        world.close()
+
+
+def _label_across_ranks(arguments: argparse.Namespace, config: Config, world: World) -> None:
+    """Collective. Write what is missing of the soft labels."""
     labelling = world.agree_across_ranks(lambda: _open(arguments, config, world))
     world.require_equal_across_ranks("the soft labels to write", labelling.facts.model_dump_json())
     with ExitStack() as held:
@@ -56,7 +63,6 @@ def main() -> None:
         _write(arguments.out, labelling, world)
     if world.is_main:
         _tell(arguments.out)
-    world.close()
 
 
 def _hold(held: ExitStack, path: Path) -> None:

@@ -48,13 +48,30 @@ def main() -> int:
         timeout_s=config.train.timeout_s,
         spreads_parameters=config.train.parallel == "fsdp",
     )
-    with ExitStack() as held:
+    with ExitStack() as held, world.watched() as watchdog:
         world.learn_from_main_across_ranks(lambda: held.enter_context(locked(arguments.run_dir)))
-        return _train(arguments, config, world=world, listener=listener)
+        training = _compose_across_ranks(arguments, config, world=world, listener=listener)
+        record = training.job.record
+        watchdog.tell_cause_to(record.fail)
+        try:
+            train(training.job, start_step=training.start_step, running=training.running)
+        except Interrupted:
+            _finish_stopped_across_ranks(record, world=world, listener=listener)
+            return STOPPED_CODE
+        watchdog.at("finishing", step=training.job.schedule.total_steps)
+        record.finish(exit_code=0)
+        world.close()
+    if world.is_main:
+        print(
+            f"done: {arguments.run_dir}; see it with `python -m aplantida_dist.analyze {arguments.run_dir}`", flush=True
+        )
+    return 0
 
 
-def _train(arguments: argparse.Namespace, config: Config, *, world: World, listener: Listener) -> int:
-    """Collective. The run from its composition to its end, in a run folder that is held; returns the exit code."""
+def _compose_across_ranks(
+    arguments: argparse.Namespace, config: Config, *, world: World, listener: Listener
+) -> Training:
+    """Collective. The training that the command line and the config ask for, announced."""
     if arguments.debug:
         torch.autograd.set_detect_anomaly(True)
     request = Request(
@@ -68,21 +85,7 @@ def _train(arguments: argparse.Namespace, config: Config, *, world: World, liste
     training = compose_across_ranks(config, world=world, request=request, listener=listener)
     if world.is_main:
         _announce(training, arguments.run_dir)
-    try:
-        train(training.job, start_step=training.start_step, running=training.running)
-    except UserError as error:
-        training.job.record.fail(str(error))
-        raise
-    except Interrupted:
-        _finish_stopped_across_ranks(training.job.record, world=world, listener=listener)
-        return STOPPED_CODE
-    training.job.record.finish(exit_code=0)
-    world.close()
-    if world.is_main:
-        print(
-            f"done: {arguments.run_dir}; see it with `python -m aplantida_dist.analyze {arguments.run_dir}`", flush=True
-        )
-    return 0
+    return training
 
 
 def _finish_stopped_across_ranks(record: Record, *, world: World, listener: Listener) -> None:

@@ -192,9 +192,12 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
     before = Before.of(job.model, running.totals) if job.nonfinite.action == "skip" else None
     seen: list[SlotLosses] = []
     num_bad = 0
+    job.world.watchdog.at("training", step=step)
     for slot in slots:
         asked_ns = time.perf_counter_ns()
+        job.world.watchdog.note("reading a batch")
         read = next(batches)
+        job.world.watchdog.note("working")
         running.waited_ns += time.perf_counter_ns() - asked_ns
         batch = read.to(job.world.device)
         seed_device(job.world.device, derive(job.seed, "slot", step, slot))
@@ -207,6 +210,8 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
             if job.extra_checks:
                 _check_losses(read, losses, step)
             weighted = batch.weights * losses
+            if slot == slots[-1]:
+                job.world.watchdog.note("waiting for the other ranks")
             job.world.accelerator.backward(weighted.sum() * scale * guard_of(weighted))
         seen.append(SlotLosses(slot, read.sample_keys, read.weights, losses.detach()))
         running.totals.update(
@@ -342,6 +347,7 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
         **_evaluate(job, epoch=epoch, done=done),
         digests=job.digests,
     )
+    job.world.watchdog.at("saving", step=done)
     job.record.append(row)
     running.reset()
     _save(job, running, done)
@@ -379,6 +385,7 @@ def _evaluate(job: Job, *, epoch: int, done: int) -> dict[str, EvaluationMetrics
     """Collective. The blocks of this epoch's row where an evaluation is due: val, and val_ema where there is an EMA."""
     if job.val_split is None or epoch % job.evaluate_every_epochs:
         return {}
+    job.world.watchdog.at("evaluating", step=done)
     job.record.tell("evaluating", epoch=epoch, step=done)
     blocks = {"val": _evaluate_model(job, job.world.unwrap(job.model), job.val_split, done)}
     if job.ema is not None:
@@ -413,6 +420,7 @@ def _save(job: Job, running: Running, done: int) -> None:
     """Collective. Save a checkpoint; between epochs the totals of the running one travel in it."""
     epoch = done // job.plan.steps_per_epoch
     so_far = _sum_across_ranks(job, running)
+    job.world.watchdog.at("saving", step=done)
     job.record.tell("saving", epoch=epoch, step=done)
     scaler = job.world.accelerator.scaler
     state = take_state_across_ranks(

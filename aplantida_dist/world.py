@@ -24,13 +24,18 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, distributed, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.signals import end_with_the_parent
+from aplantida_dist.watchdog import Board, Watchdog, first_words
 
 Value = TypeVar("Value")
+
+_BEHIND_THE_WATCHDOG_S = 10
+"""How much longer a collective waits than the watchdog, who knows what for."""
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -45,11 +50,13 @@ class World:
 
     spreads_parameters: each rank holds a part of every parameter of the trained model (FSDP2) instead of all of it (DDP).
     hosts: the same ranks over gloo, for what concerns no device; None where there is one.
+    watchdog: this rank's notes of where it is; who acts notes it there, and the calls below note that they wait.
     """
 
     accelerator: Accelerator
     spreads_parameters: bool
     hosts: distributed.ProcessGroup | None
+    watchdog: Watchdog
 
     @property
     def rank(self) -> int:
@@ -111,6 +118,7 @@ class World:
     def sum_across_ranks(self, vector: Tensor) -> Tensor:
         """Collective. The sum of every rank's integer vector, as a new tensor on this device."""
         total = vector.clone()
+        self.watchdog.note("waiting for the other ranks")
         if self.world_size > 1:
             distributed.all_reduce(total, op=distributed.ReduceOp.SUM)
         return total
@@ -123,6 +131,7 @@ class World:
         work = distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=self.hosts, async_op=True)
 
         def answer() -> int:
+            self.watchdog.note("waiting for the other ranks")
             work.wait()
             return int(largest)
 
@@ -131,6 +140,7 @@ class World:
     def gather_across_ranks(self, value: Any) -> list[Any]:
         """Collective. Every rank's value, in the order of ranks."""
         values: list[Any] = [value]
+        self.watchdog.note("waiting for the other ranks")
         if self.world_size > 1:
             values = [None] * self.world_size
             distributed.all_gather_object(values, value)
@@ -138,6 +148,7 @@ class World:
 
     def share_buffers_across_ranks(self, model: nn.Module) -> None:
         """Collective. Give every rank the main process's buffers, such as BatchNorm's running statistics."""
+        self.watchdog.note("waiting for the other ranks")
         if self.world_size > 1:
             for buffer in model.buffers():
                 distributed.broadcast(buffer, src=0)
@@ -148,6 +159,7 @@ class World:
         So a mistake that one node alone can see ends the run on every node, at once and with one message.
         """
         value, fault = None, None
+        self.watchdog.note("working")
         try:
             value = act()
         except UserError as error:
@@ -163,6 +175,7 @@ class World:
         """Collective. Do something on the main process alone: every rank gets its value, or raises the UserError that it met."""
         value, fault = None, None
         if self.is_main:
+            self.watchdog.note("working")
             try:
                 value = act()
             except UserError as error:
@@ -184,6 +197,16 @@ class World:
             if other != values[0]:
                 text = f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}"
                 raise self.told_by_main(WorldError(f"{text}; give every node the same files"))
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Watchdog]:
+        """Collective. Within it no rank stands still for longer than the time-out, and the first failure on any rank ends all (`Watchdog.watching`)."""
+        beat = self.watchdog.beat()
+        board = _open_board(self.watchdog.budget_s) if self.world_size > 1 else None
+        if board is not None:
+            first_words(board, beat)
+        with self.watchdog.watching(board, self.gather_across_ranks(beat)):
+            yield self.watchdog
 
     def close(self) -> None:
         """Leave the process group; what is on disk is on disk already."""
@@ -212,7 +235,7 @@ def open_world(*, precision: str, timeout_s: int, spreads_parameters: bool = Fal
             mixed_precision=_PRECISIONS[precision],
             fsdp_plugin=plugin,
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s + _BEHIND_THE_WATCHDOG_S)),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
@@ -230,14 +253,14 @@ def open_world(*, precision: str, timeout_s: int, spreads_parameters: bool = Fal
         )
     if plugin is not None and accelerator.device.type == "cpu":
         _spread_on_cpu(accelerator, plugin)
-    return World(
-        accelerator, spreads_parameters=plugin is not None, hosts=_gather_hosts(timeout_s) if expected > 1 else None
-    )
+    watchdog = Watchdog(rank=int(accelerator.process_index), budget_s=timeout_s)
+    hosts = _gather_hosts(timeout_s) if expected > 1 else None
+    return World(accelerator, spreads_parameters=plugin is not None, hosts=hosts, watchdog=watchdog)
 
 
 def _gather_hosts(timeout_s: int) -> distributed.ProcessGroup:
     """Collective. A group of all ranks over gloo, whatever the group of their devices is."""
-    group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s + _BEHIND_THE_WATCHDOG_S))
     assert isinstance(group, distributed.ProcessGroup)  # a number stands for a rank that is no member
     return group
 
@@ -298,6 +321,19 @@ def _keep_in_parts(model: nn.Module) -> None:
             "pyproject.toml, or set it to ddp"
         )
     model.set_reshard_after_forward(True)
+
+
+def _open_board(timeout_s: float) -> Board:
+    """The store where the ranks met, through a connection of its own: torch's may be waiting on theirs."""
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+    )
+    # The store of a launcher that restarts its ranks outlives them.
+    return PrefixStore(f"watchdog_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _die_with_the_launcher() -> None:

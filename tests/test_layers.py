@@ -25,7 +25,9 @@ LAYERS = [
         "credentials",
         "terminal",
         "data.frequency",
+        "beat",
     ],
+    ["watchdog"],
     ["files", "lock", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
     ["strict_yaml", "config_sections", "interruption", "seal"],
     [
@@ -132,7 +134,7 @@ def test_every_module_has_its_place() -> None:
 @pytest.mark.parametrize("house", SIDE_HOUSES)
 def test_the_houses_beside_know_only_the_ground_floors(house: str) -> None:
     """Building, drawing and analysing need no trainer, and no torch."""
-    ground = {name for names in LAYERS[:4] for name in names} - {"world", "loss", "objective"} | {
+    ground = {name for names in LAYERS[:5] for name in names} - {"world", "watchdog", "beat", "loss", "objective"} | {
         "config_file",
         "data.dataset",
     }

@@ -1,0 +1,344 @@
+"""The watchdog: a thread of each rank that ends the run when nothing moves, or when another rank is lost, and says whose fault it is."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import queue
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from aplantida_dist.beat import SILENT_AFTER_S, Beat, Doing, Sight, Stage, blame, decode_beat
+from aplantida_dist.errors import UserError
+
+Value = TypeVar("Value")
+
+BEAT_EVERY_S = 1.0
+LOOKS_A_BEAT = 64
+"""Ranks that a moving rank looks at a second, on average: on a thousand, all of them would be too many for the board."""
+ANSWER_WITHIN_S = 3.0
+SETTLE_S = SILENT_AFTER_S + 1.0
+"""How long a rank whose collective failed looks for the rank that is to blame."""
+ENDING_S = 10.0
+"""How long the end of the process may take; what had to be on disk is there before."""
+EXIT_CODE = 2
+
+_REMEDY = "the same command goes on from the newest checkpoint"
+_FIRST_CAUSE = "first_cause"
+_STOPPED, _DEAD = "T", ("", "Z", "X")
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid")
+
+
+class LostRankError(UserError):
+    """A rank, or a process of its own, is gone or stands still; the text names it, its stage and its last step."""
+
+
+class Board(Protocol):
+    """Where ranks leave word for each other: torch's TCPStore. A call may raise RuntimeError, and may never return."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def multi_get(self, keys: list[str]) -> Sequence[bytes]: ...
+
+    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
+
+
+class Watchdog:
+    """One rank's notes of where it is, and the thread that reads them. Until `watching` the notes are all there is.
+
+    Whatever a rank does, it has `budget_s` seconds to the next note: in every stage, on every rank, and alone too.
+    """
+
+    def __init__(self, *, rank: int, budget_s: float) -> None:
+        self.rank = rank
+        self.budget_s = budget_s
+        self._stage: Stage = "start-up"
+        self._step, self._moves, self._count = 0, 0, 0
+        self._doing: Doing = "working"
+        self._ended = threading.Event()
+        self._telling = threading.Lock()
+        self._messenger: _Messenger | None = None
+        self._asked: Future[list[str]] | None = None
+        self._answered_s = 0.0
+        self._peers: dict[int, _Peer] = {}
+        self._tell_cause: Callable[[str], None] = lambda text: None
+
+    def at(self, stage: Stage, *, step: int) -> None:
+        """Note that this rank begins a stage after so many completed steps."""
+        self._stage, self._step = stage, step
+        self.note("working")
+
+    def note(self, doing: Doing) -> None:
+        """Note what this rank begins to do within its stage; it holds until the next note."""
+        self._doing = doing
+        self._moves += 1
+
+    def tell_cause_to(self, tell: Callable[[str], None]) -> None:
+        """Have the first cause of a failure told here too, such as to status.json; it may be called from the thread."""
+        self._tell_cause = tell
+
+    def beat(self) -> Beat:
+        """This rank's next sign of life."""
+        self._count += 1
+        return Beat(
+            rank=self.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            pid_space=_pid_space(),
+            count=self._count,
+            moves=self._moves,
+            stage=self._stage,
+            step=self._step,
+            doing=self._doing,
+        )
+
+    @contextlib.contextmanager
+    def watching(self, board: Board | None, beats: Sequence[Beat]) -> Iterator[None]:
+        """Within it a rank that stands still, or is lost, ends the run on all of them; and so does an exception on any.
+
+        `beats` holds a first one of every rank. The first cause is told once, by the rank that met it. Afterwards the process has
+        `ENDING_S` seconds to end.
+        """
+        self._messenger = None if board is None else _Messenger(board)
+        self._peers = {beat.rank: _Peer(beat) for beat in beats if beat.rank != self.rank}
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        try:
+            yield
+        except UserError as error:
+            self._keep_the_thread_from_telling()
+            self._settle(error)
+            raise
+        except Exception as error:
+            self._keep_the_thread_from_telling()
+            cause = self._cause_of(error)
+            if cause is error:
+                error.add_note(f"on rank {self.rank}: {self.beat().text}")
+                raise
+            raise cause from None
+        else:
+            self.at("left", step=self._step)
+            self._hear(ask=False)
+            self._hear(ask=False)
+        finally:
+            self._ended.set()
+            faulthandler.dump_traceback_later(ENDING_S, exit=True)
+
+    def _keep_the_thread_from_telling(self) -> None:
+        """Of a rank's two threads one tells the end; where the other one does, it also ends this process."""
+        if not self._telling.acquire(blocking=False):
+            time.sleep(ENDING_S)
+
+    def _settle(self, error: UserError) -> None:
+        """Claim that this error is the first cause; an error that another rank tells is left to it."""
+        first = str(error)
+        if not error.is_told_elsewhere:
+            first = self._claim(first)
+            error.is_told_elsewhere = first != str(error)
+        self._tell_cause(first)
+
+    def _cause_of(self, error: Exception) -> Exception:
+        """What ended this rank: the error itself, or the one that it follows from, which may be told already."""
+        text = f"{self.beat().name}: {type(error).__name__}: {error}; it was {self.beat().text}"
+        if _DEAD_WORKER.match(str(error)):
+            died = str(error).strip().rstrip(".")
+            text = f"{self.beat().name}: {died}; it was {self.beat().text}; if memory ran out, lower data.num_workers; {_REMEDY}"
+            cause: Exception = LostRankError(text)
+        elif isinstance(error, RuntimeError) and (blamed := self._find_lost()) is not None:
+            text = f"{blamed}; {_REMEDY}"
+            cause = LostRankError(text)
+        else:
+            cause = error
+        first = self._claim(text)
+        self._tell_cause(first)
+        if first != text:
+            cause = LostRankError(first)
+            cause.is_told_elsewhere = True
+        return cause
+
+    def _find_lost(self) -> str | None:
+        """Look for a rank that is lost, or that has told a first cause, for as long as it takes a rank to fall silent."""
+        self._look_afresh()
+        deadline_s = time.monotonic() + SETTLE_S
+        while self._peers and time.monotonic() < deadline_s:
+            cause, sights = self._look()
+            if cause:
+                return cause
+            if any(sight.is_lost or sight.silent_s >= SILENT_AFTER_S for sight in sights):
+                return blame([*sights, Sight(self.beat(), 0.0, 0.0, False)])
+            time.sleep(0.2)
+        return None
+
+    def _watch(self) -> None:
+        """The thread: beat, and where this rank does not move, look at the others."""
+        still_s, moves, before_s, num_lost = 0.0, -1, time.monotonic(), 0
+        while not self._ended.wait(BEAT_EVERY_S):
+            passed_s = time.monotonic() - before_s
+            before_s = time.monotonic()
+            if moves != self._moves or passed_s > 3 * BEAT_EVERY_S:
+                # Of a process that was stopped, or on a machine that slept, nothing has waited meanwhile.
+                still_s, moves, num_lost = 0.0, self._moves, 0
+                self._look(ask=self._count % (1 + len(self._peers) // LOOKS_A_BEAT) == 0)
+                self._look_afresh()
+                continue
+            still_s += passed_s
+            cause, sights = self._look()
+            if cause:
+                self._end(cause)
+            # Twice: a rank that ends with an error of its own is given the time to tell it.
+            num_lost = num_lost + 1 if any(sight.is_lost for sight in sights) else 0
+            if still_s >= self.budget_s or num_lost > 1:
+                told = blame([*sights, Sight(self.beat(), 0.0, still_s, False)])
+                waited = f"rank {self.rank} has waited {still_s:.0f} s of the {self.budget_s:.0f} of train.timeout_s"
+                self._end(f"{told}; {waited}; {_REMEDY}")
+
+    def _look_afresh(self) -> None:
+        """Begin to look at the others: what they did while nobody looked is not held against them."""
+        self._answered_s = time.monotonic()
+        for peer in self._peers.values():
+            peer.heard_s = peer.moved_s = self._answered_s
+
+    def _look(self, *, ask: bool = True) -> tuple[str, list[Sight]]:
+        """Look at the other ranks; returns the first cause, if one has been told, and what is seen of each. `ask` for what is seen next."""
+        answer = self._hear(ask=ask)
+        now_s = time.monotonic()
+        for peer, text in zip(self._peers.values(), answer[1:], strict=False):
+            peer.hear(decode_beat(text), now_s)
+        self._answered_s = now_s if answer else self._answered_s
+        # A board that does not answer says nothing of the ranks, but of the main process, which keeps it.
+        is_answering = now_s - self._answered_s < SILENT_AFTER_S / 2
+        sights = [peer.seen(now_s) for peer in self._peers.values()]
+        return (answer[0] if answer else ""), [
+            sight if is_answering or sight.beat.rank == 0 else replace(sight, silent_s=0.0) for sight in sights
+        ]
+
+    def _hear(self, *, ask: bool) -> list[str]:
+        """What the board has answered since the last call, maybe nothing: the first cause and every peer's beat. Leaves this rank's beat."""
+        if self._messenger is None or (self._asked is not None and not self._asked.done()):
+            return []
+        answer = [] if self._asked is None or self._asked.exception() else self._asked.result()
+        mine = self.beat().encode()
+        keys = [_FIRST_CAUSE, *(_key(rank) for rank in self._peers)] if ask else []
+
+        def exchange(board: Board) -> list[str]:
+            board.set(_key(self.rank), mine)
+            return [value.decode() for value in board.multi_get(keys)] if keys else []
+
+        self._asked = self._messenger.ask(exchange)
+        return answer
+
+    def _claim(self, text: str) -> str:
+        """The first cause, for all ranks: this text, unless another rank was before; without a board each tells its own."""
+
+        def claim(board: Board) -> str:
+            return board.compare_set(_FIRST_CAUSE, "", text).decode()
+
+        if self._messenger is None:
+            return text
+        try:
+            return self._messenger.ask(claim).result(timeout=ANSWER_WITHIN_S)
+        except (RuntimeError, TimeoutError):
+            return text
+
+    def _end(self, text: str) -> None:
+        """End this process, unless its main thread is about to; a rank that is stopped here, and cannot end, is killed."""
+        if not self._telling.acquire(blocking=False):
+            return
+        first = self._claim(text)
+        if first == text:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        telling = threading.Thread(target=self._tell_cause, args=(first,), daemon=True)
+        telling.start()
+        telling.join(ENDING_S / 2)  # the folder of status.json may be what everything waits for
+        for beat in (peer.beat for peer in self._peers.values()):
+            # A stopped process does not hear a launcher's SIGTERM, and keeps its GPU.
+            if _is_here(beat) and _state_of(beat.pid) == _STOPPED:
+                with contextlib.suppress(OSError):
+                    os.kill(beat.pid, signal.SIGKILL)
+        os._exit(EXIT_CODE)
+
+
+class _Peer:
+    """Another rank: its last beat, and when (monotonic seconds) one came and when it moved."""
+
+    def __init__(self, beat: Beat) -> None:
+        self.beat = beat
+        self.heard_s = self.moved_s = time.monotonic()
+
+    def hear(self, beat: Beat, now_s: float) -> None:
+        """Take a beat, which may be the last one again."""
+        self.heard_s = now_s if beat.count != self.beat.count else self.heard_s
+        self.moved_s = now_s if beat.moves != self.beat.moves else self.moved_s
+        self.beat = beat
+
+    def seen(self, now_s: float) -> Sight:
+        is_gone = _is_here(self.beat) and _state_of(self.beat.pid) in _DEAD
+        return Sight(self.beat, now_s - self.heard_s, now_s - self.moved_s, is_gone)
+
+
+class _Messenger:
+    """A thread that alone speaks with the board: a board on a stopped machine never answers, and a watchdog must not wait for it."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._errands: queue.SimpleQueue[tuple[Callable[[Board], Any], Future[Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="messenger", daemon=True).start()
+
+    def ask(self, act: Callable[[Board], Value]) -> Future[Value]:
+        """Have it done after what was asked before."""
+        future: Future[Value] = Future()
+        self._errands.put((act, future))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            act, future = self._errands.get()
+            try:
+                future.set_result(act(self._board))
+            except RuntimeError as error:
+                future.set_exception(error)
+                break
+        while True:
+            # One failure is enough: torch writes a page about each.
+            self._errands.get()[1].set_exception(RuntimeError("the board is lost"))
+
+
+def first_words(board: Board, beat: Beat) -> None:
+    """What must be on the board before any rank reads it."""
+    board.set(_key(beat.rank), beat.encode())
+    if beat.rank == 0:
+        board.set(_FIRST_CAUSE, "")
+
+
+def _key(rank: int) -> str:
+    return f"beat_{rank}"
+
+
+def _is_here(beat: Beat) -> bool:
+    """Whether a rank's pid means the same process here; containers of one host name may number their own."""
+    return (beat.host, beat.pid_space) == (socket.gethostname(), _pid_space()) != (beat.host, "")
+
+
+def _pid_space() -> str:
+    """What gives pids their meaning, on Linux; elsewhere nothing is known of other processes."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _state_of(pid: int) -> str:
+    """The letter that Linux gives a process: R, S, D, T for stopped, Z for dead and not yet buried; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
