@@ -27,6 +27,7 @@ BEAT_EVERY_S = 1.0
 LOOKS_A_BEAT = 64
 """Ranks that a moving rank looks at a second, on average: on a thousand, all of them would be too many for the board."""
 ANSWER_WITHIN_S = 3.0
+READ_WITHIN_S = 3 * BEAT_EVERY_S
 SETTLE_S = SILENT_AFTER_S + 1.0
 """How long a rank whose collective failed looks for the rank that is to blame."""
 ENDING_S = 10.0
@@ -71,6 +72,8 @@ class Watchdog:
         self._asked: Future[list[str]] | None = None
         self._answered_s = 0.0
         self._peers: dict[int, _Peer] = {}
+        self._told = ""
+        """The first cause, where another rank has told it."""
         self._tell_cause: Callable[[str], None] = lambda text: None
 
     def at(self, stage: Stage, *, step: int) -> None:
@@ -103,11 +106,11 @@ class Watchdog:
         )
 
     @contextlib.contextmanager
-    def watching(self, board: Board | None, beats: Sequence[Beat]) -> Iterator[None]:
+    def watching(self, board: Board | None, beats: Sequence[Beat], *, keeps_board: bool = False) -> Iterator[None]:
         """Within it a rank that stands still, or is lost, ends the run on all of them; and so does an exception on any.
 
         `beats` holds a first one of every rank. The first cause is told once, by the rank that met it. Afterwards the process has
-        `ENDING_S` seconds to end.
+        `ENDING_S` seconds to end. A rank that keeps the board leaves the others time to read there why it ends.
         """
         self._messenger = None if board is None else _Messenger(board)
         self._peers = {beat.rank: _Peer(beat) for beat in beats if beat.rank != self.rank}
@@ -123,6 +126,8 @@ class Watchdog:
             cause = self._cause_of(error)
             if cause is error:
                 error.add_note(f"on rank {self.rank}: {self.beat().text}")
+                if keeps_board:
+                    time.sleep(READ_WITHIN_S)
                 raise
             raise cause from None
         else:
@@ -142,8 +147,8 @@ class Watchdog:
         """Claim that this error is the first cause; an error that another rank tells is left to it."""
         first = str(error)
         if not error.is_told_elsewhere:
-            first = self._claim(first)
-            error.is_told_elsewhere = first != str(error)
+            is_mine, first = self._claim(first)
+            error.is_told_elsewhere = not is_mine
         self._tell_cause(first)
 
     def _cause_of(self, error: Exception) -> Exception:
@@ -153,30 +158,28 @@ class Watchdog:
             died = str(error).strip().rstrip(".")
             text = f"{self.beat().name}: {died}; it was {self.beat().text}; if memory ran out, lower data.num_workers; {_REMEDY}"
             cause: Exception = LostRankError(text)
-        elif isinstance(error, RuntimeError) and (blamed := self._find_lost()) is not None:
-            text = f"{blamed}; {_REMEDY}"
+        elif isinstance(error, RuntimeError) and (lost := self._find_lost()):
+            text = f"{lost}; {_REMEDY}"
             cause = LostRankError(text)
         else:
             cause = error
-        first = self._claim(text)
+        is_mine, first = self._claim(text)
         self._tell_cause(first)
-        if first != text:
+        if not is_mine:
             cause = LostRankError(first)
             cause.is_told_elsewhere = True
         return cause
 
-    def _find_lost(self) -> str | None:
-        """Look for a rank that is lost, or that has told a first cause, for as long as it takes a rank to fall silent."""
+    def _find_lost(self) -> str:
+        """Look for a rank that is lost, for as long as it takes one to fall silent; empty if there is none, or another rank has told a first cause."""
         self._look_afresh()
         deadline_s = time.monotonic() + SETTLE_S
-        while self._peers and time.monotonic() < deadline_s:
-            cause, sights = self._look()
-            if cause:
-                return cause
+        while self._peers and not self._told and time.monotonic() < deadline_s:
+            sights = self._look()
             if any(sight.is_lost or sight.silent_s >= SILENT_AFTER_S for sight in sights):
                 return blame([*sights, Sight(self.beat(), 0.0, 0.0, False)])
             time.sleep(0.2)
-        return None
+        return ""
 
     def _watch(self) -> None:
         """The thread: beat, and where this rank does not move, look at the others."""
@@ -191,9 +194,9 @@ class Watchdog:
                 self._look_afresh()
                 continue
             still_s += passed_s
-            cause, sights = self._look()
-            if cause:
-                self._end(cause)
+            sights = self._look()
+            if self._told:
+                self._end(self._told)
             # Twice: a rank that ends with an error of its own is given the time to tell it.
             num_lost = num_lost + 1 if any(sight.is_lost for sight in sights) else 0
             if still_s >= self.budget_s or num_lost > 1:
@@ -207,9 +210,12 @@ class Watchdog:
         for peer in self._peers.values():
             peer.heard_s = peer.moved_s = self._answered_s
 
-    def _look(self, *, ask: bool = True) -> tuple[str, list[Sight]]:
-        """Look at the other ranks; returns the first cause, if one has been told, and what is seen of each. `ask` for what is seen next."""
+    def _look(self, *, ask: bool = True) -> list[Sight]:
+        """Look at the other ranks, and whether one has told a first cause. `ask` for what is seen next."""
         answer = self._hear(ask=ask)
+        if answer and answer[0]:
+            rank, _, first = answer[0].partition(":")
+            self._told = first if int(rank) != self.rank else ""
         now_s = time.monotonic()
         for peer, text in zip(self._peers.values(), answer[1:], strict=False):
             peer.hear(decode_beat(text), now_s)
@@ -217,9 +223,7 @@ class Watchdog:
         # A board that does not answer says nothing of the ranks, but of the main process, which keeps it.
         is_answering = now_s - self._answered_s < SILENT_AFTER_S / 2
         sights = [peer.seen(now_s) for peer in self._peers.values()]
-        return (answer[0] if answer else ""), [
-            sight if is_answering or sight.beat.rank == 0 else replace(sight, silent_s=0.0) for sight in sights
-        ]
+        return [sight if is_answering or sight.beat.rank == 0 else replace(sight, silent_s=0.0) for sight in sights]
 
     def _hear(self, *, ask: bool) -> list[str]:
         """What the board has answered since the last call, maybe nothing: the first cause and every peer's beat. Leaves this rank's beat."""
@@ -236,25 +240,26 @@ class Watchdog:
         self._asked = self._messenger.ask(exchange)
         return answer
 
-    def _claim(self, text: str) -> str:
-        """The first cause, for all ranks: this text, unless another rank was before; without a board each tells its own."""
+    def _claim(self, text: str) -> tuple[bool, str]:
+        """Whether it is this rank that tells the first cause, and what that is: this text, unless another rank was before; without a board each tells its own."""
 
         def claim(board: Board) -> str:
-            return board.compare_set(_FIRST_CAUSE, "", text).decode()
+            return board.compare_set(_FIRST_CAUSE, "", f"{self.rank}:{text}").decode()
 
         if self._messenger is None:
-            return text
+            return True, text
         try:
-            return self._messenger.ask(claim).result(timeout=ANSWER_WITHIN_S)
+            rank, _, first = self._messenger.ask(claim).result(timeout=ANSWER_WITHIN_S).partition(":")
         except (RuntimeError, TimeoutError):
-            return text
+            return not self._told, self._told or text
+        return int(rank) == self.rank, first
 
     def _end(self, text: str) -> None:
         """End this process, unless its main thread is about to; a rank that is stopped here, and cannot end, is killed."""
         if not self._telling.acquire(blocking=False):
             return
-        first = self._claim(text)
-        if first == text:
+        is_mine, first = self._claim(text)
+        if is_mine:
             print(f"error: {text}", file=sys.stderr, flush=True)
         telling = threading.Thread(target=self._tell_cause, args=(first,), daemon=True)
         telling.start()

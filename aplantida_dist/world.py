@@ -205,7 +205,9 @@ class World:
         board = _open_board(self.watchdog.budget_s) if self.world_size > 1 else None
         if board is not None:
             first_words(board, beat)
-        with self.watchdog.watching(board, self.gather_across_ranks(beat)):
+        # torchrun and accelerate launch keep it themselves.
+        keeps_board = board is not None and self.is_main and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+        with self.watchdog.watching(board, self.gather_across_ranks(beat), keeps_board=keeps_board):
             yield self.watchdog
 
     def close(self) -> None:

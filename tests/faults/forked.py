@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Protocol
 
 from accelerate.state import AcceleratorState, GradientState
 
@@ -23,6 +25,9 @@ class ForkedRun:
 
     ranks: list[ForkProcess]
     folder: Path
+    port: int
+    start_up_s = 2.5
+    """About what it takes to the first step; the libraries are in memory already."""
 
     def workers(self, rank: int) -> list[int]:
         """The pids of a rank's loader workers."""
@@ -40,18 +45,20 @@ class ForkedRun:
         return [pid for pid, session, state in processes() if session in sessions and state not in "ZX"]
 
     def wait_until_gone(self, limit_s: float) -> float:
-        """Wait for every process to end; returns the seconds that it took, or fails after the limit."""
+        """Wait for every process to end and the port to be free; returns the seconds that it took, or fails after the limit."""
         started_s = time.monotonic()
         while time.monotonic() - started_s < limit_s:
             self.codes()  # buries the dead
-            if not self.processes():
+            if not self.processes() and is_free(self.port):
                 for rank in self.ranks:
                     rank.join()
                 return time.monotonic() - started_s
             time.sleep(0.02)
         left = self.processes()
         self.kill()
-        raise AssertionError(f"{len(left)} processes live on after {limit_s} s; {self.said()}")
+        raise AssertionError(
+            f"{len(left)} processes live on, or port {self.port} is held, after {limit_s} s; {self.said()}"
+        )
 
     def said(self) -> str:
         """What all ranks printed on stderr."""
@@ -87,16 +94,36 @@ def start(
     ]
     for rank in ranks:
         rank.start()
-    return ForkedRun(ranks, folder)
+    return ForkedRun(ranks, folder, port)
 
 
-def wait_for_checkpoint(run: ForkedRun, run_dir: Path, *, step: int = 0) -> None:
+class Alive(Protocol):
+    """A run, however it was started."""
+
+    def is_alive(self) -> bool: ...
+
+    def codes(self) -> Sequence[int | None]: ...
+
+    def said(self) -> str: ...
+
+
+def wait_for_checkpoint(run: Alive, run_dir: Path, *, step: int = 0) -> None:
     """Return as soon as a checkpoint of this step or a later one is on disk."""
     while run.is_alive():
         if any(int(path.name.removeprefix("step_")) >= step for path in run_dir.glob("checkpoints/step_*")):
             return
         time.sleep(0.01)
     raise AssertionError(f"no checkpoint of step {step} came: {run.codes()} {run.said()}")
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on a port, so that the same command can take it again."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return True
+        return False
 
 
 def children_of(parent: int) -> list[int]:

@@ -6,12 +6,13 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,17 +23,21 @@ import aplantida_dist.compose
 from aplantida_dist.checkpoint import load_checkpoint
 from tests.faults.conftest import Fired
 from tests.faults.forked import ForkedRun, start
+from tests.faults.launched import LaunchedRun, launch
 from tests.runs import write_config
 from tests.test_resume import assert_same_run
 
 GONE_WITHIN_S = 15.0
 KILLS_A_VICTIM = 20
 EPOCHS = 4
-OVERRIDES = ("model.kwargs.drop_rate=0.1",)
+OVERRIDES = ("model.kwargs.drop_rate=0.1", "report.wandb=offline")
 
 Victim = str
-VICTIMS = ("rank 0", "rank 1", "a loader worker", "all ranks at once")
-MOMENTS = ("start-up", "a step", "writing a checkpoint", "a history row", "evaluating", "any time")
+Run = ForkedRun | LaunchedRun
+VICTIMS = ("rank 0", "rank 1", "a loader worker", "all ranks at once", "the launcher's group")
+MOMENTS = ("start-up", "a step", "writing a checkpoint", "a history row", "evaluating", "W&B's finish", "any time")
+SKIPS_AT_MOST = {"a step": 10, "writing a checkpoint": 10, "a history row": 3, "evaluating": 3, "W&B's finish": 0}
+"""Moments of a kind that are let pass at most, of those that a run has."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,19 @@ class Command:
     run_dir: Path
     world_size: int = 2
     before: Callable[[int], None] | None = None
+    is_launched: bool = False
 
-    def start(self) -> ForkedRun:
+    def start(self) -> Run:
         arguments = ["--config", self.config, "--run-dir", self.run_dir, *OVERRIDES]
+        if self.is_launched:
+            return launch(self.world_size, arguments, self.config.parent / "output")
         return start(self.world_size, arguments, self.config.parent, self.before)
 
     def finish(self) -> None:
         """Run it to its end."""
         run = self.start()
         run.wait_until_gone(200)
-        assert run.codes() == [0] * self.world_size, run.said()
+        assert set(run.codes()) == {0}, run.said()
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +73,16 @@ def whole(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Comman
     return command
 
 
-def wait_for(moment: str, run: ForkedRun, run_dir: Path, chance: random.Random) -> None:
+def wait_for(moment: str, run: Run, run_dir: Path, chance: random.Random) -> None:
     """Return at a moment of its kind, as the files of the run show it; which one of many is up to chance."""
     started_s = time.monotonic()
     if moment == "start-up":
-        time.sleep(chance.uniform(0.0, 2.5))
+        time.sleep(chance.uniform(0.0, run.start_up_s))
         return
     if moment == "any time":
-        time.sleep(chance.uniform(0.0, 8.0))
+        time.sleep(chance.uniform(0.0, run.start_up_s + 5.0))
         return
-    skip = chance.randrange(4)
+    skip = chance.randint(0, SKIPS_AT_MOST[moment])
     size = -1
     while run.is_alive() and time.monotonic() - started_s < 60:
         if moment == "writing a checkpoint":
@@ -84,10 +92,10 @@ def wait_for(moment: str, run: ForkedRun, run_dir: Path, chance: random.Random) 
             now = history.stat().st_size if history.exists() else 0
             seen, size = 0 <= size < now, now
         else:
-            seen = phase_of(run_dir) == ("evaluating" if moment == "evaluating" else "saving")
+            seen = phase_of(run_dir) == {"evaluating": "evaluating", "W&B's finish": "done", "a step": "saving"}[moment]
         if seen and skip == 0:
             # A step follows the checkpoint before it.
-            time.sleep(chance.uniform(0.0, 0.2) if moment == "a step" else 0.0)
+            time.sleep(chance.uniform(0.0, 0.2) if moment in ("a step", "W&B's finish") else 0.0)
             return
         skip -= seen
         time.sleep(0.0005)
@@ -100,19 +108,22 @@ def phase_of(run_dir: Path) -> str:
         return ""
 
 
-def strike(victim: Victim, run: ForkedRun) -> bool:
+def strike(victim: Victim, run: Run) -> bool:
     """SIGKILL the victim; returns whether it was alive to be killed."""
+    if not run.is_alive():
+        return False
+    if isinstance(run, LaunchedRun):
+        os.killpg(run.launcher.pid, signal.SIGKILL)
+        return True
     if victim == "a loader worker":
         pids = run.workers(1)
     elif victim == "all ranks at once":
         pids = [rank.pid or 0 for rank in run.ranks]
     else:
         pids = [run.ranks[int(victim.removeprefix("rank "))].pid or 0]
-    if not pids or not run.is_alive():
-        return False
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    return True
+    return bool(pids)
 
 
 def require_whole(run_dir: Path) -> None:
@@ -137,8 +148,8 @@ def kill_and_resume(command: Command, victim: Victim, *, kills: int, seed: int) 
             wait_for(moment, run, command.run_dir, chance)
             was_alive = strike(victim, run)
             ended_s = run.wait_until_gone(GONE_WITHIN_S if was_alive else 60)
-            # A worker that had delivered its last batch is missed by nobody.
-            was_needed = any(run.codes()) or victim != "a loader worker"
+            # A worker that had delivered its last batch is missed by nobody, nor is a launcher whose ranks are done.
+            was_needed = any(run.codes()) or not victim.startswith(("a loader", "the launcher"))
             if was_alive and was_needed:
                 assert any(run.codes()), f"{victim} killed at {moment}, and every rank ended with 0"
                 slowest_s = max(slowest_s, ended_s)
@@ -162,14 +173,14 @@ def prepared(whole: Command, folder: Path) -> Command:
 @pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.fault(
     what="SIGKILL at twenty moments",
-    how="of a rank, a worker, all ranks: at start-up, in a step, while a checkpoint or a row is written, in evaluation, at any time",
+    how="of a rank, a worker, all ranks, the group of `accelerate launch`: at start-up, in a step, while a checkpoint or a row is written, in evaluation, "
+    "in W&B's finish, at any time",
     holds="all gone within 15 s, every file whole; killed twice and resumed twice, history and weights equal the unbroken run's bit for bit",
 )
 def test_killed_at_twenty_moments(whole: Command, tmp_path: Path, fired: Fired, victim: Victim) -> None:
     """Two kills a run, each at a kind of moment in turn; the moments are drawn with a seed."""
-    kills, runs, slowest_s = kill_and_resume(
-        prepared(whole, tmp_path), victim, kills=KILLS_A_VICTIM, seed=VICTIMS.index(victim)
-    )
+    command = replace(prepared(whole, tmp_path), is_launched=victim == "the launcher's group")
+    kills, runs, slowest_s = kill_and_resume(command, victim, kills=KILLS_A_VICTIM, seed=VICTIMS.index(victim))
     fired(f"{kills} kills, {runs} of {runs} runs equal, slowest end {slowest_s:.1f} s ({victim})")
 
 
@@ -210,7 +221,7 @@ MUTANTS = {
     "optimizer not restored": Mutant(
         "compose.py", "unpack_optimizer(world.unwrap(model), optimizer.optimizer, checkpoint)", "pass"
     ),
-    "history not cut back": Mutant("compose.py", "history.cut_after(ground.start_step)", "0"),
+    "history not cut back": Mutant("rewind.py", "history.cut_after(recorded_step)", "0"),
     "one step too many": Mutant("compose.py", "self.checkpoint.position.step", "self.checkpoint.position.step + 1"),
 }
 
@@ -277,12 +288,12 @@ def test_mutants_are_caught(dataset_dir: Path, tmp_path: Path, fired: Fired, nam
 )
 def test_a_missing_rename_is_caught(dataset_dir: Path, tmp_path: Path, fired: Fired) -> None:
     """What looks for half a checkpoint can find one."""
-    beside = 'checkpoints_dir / f".{path.name}.{os.getpid()}.part"\n    try:'
-    package = mutated(Mutant("checkpoint.py", beside, "path\n    try:"), tmp_path)
+    beside = 'beside = checkpoints_dir / f".{path.name}.{os.getpid()}.part"'
+    package = mutated(Mutant("checkpoint.py", beside, "beside = path"), tmp_path)
     text = (package / "aplantida_dist" / "checkpoint.py").read_text()
-    rename = "        if path.exists():\n            shutil.rmtree(path)\n        os.replace(beside, path)\n"
-    assert rename in text
-    (package / "aplantida_dist" / "checkpoint.py").write_text(text.replace(rename, ""))
+    rename = re.compile(r"        if path\.exists\(\):.*?os\.replace\(beside, path\)\n", re.DOTALL)
+    assert len(rename.findall(text)) == 1
+    (package / "aplantida_dist" / "checkpoint.py").write_text(rename.sub("", text))
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=EPOCHS, every_steps=1)
     command = Command(config, tmp_path / "run", world_size=1, before=partial(use_package, package))
     for _ in range(5):

@@ -12,8 +12,10 @@ import pytest
 
 import aplantida_dist.compose  # noqa: F401 (forked ranks begin with all of it in memory)
 from aplantida_dist import trainer
+from aplantida_dist.data.plan import Coordinates
 from tests.faults.conftest import Fired
 from tests.faults.forked import ForkedRun, start, wait_for_checkpoint
+from tests.faults.launched import launch
 from tests.runs import rows_of, write_config
 
 BUDGET_S = 8
@@ -39,6 +41,30 @@ def sleep_while_saving(rank: int) -> None:
         time.sleep(1000)
 
     record.save_checkpoint = save_checkpoint  # type: ignore[assignment]
+
+
+def break_while_saving(rank: int) -> None:
+    """The main process meets a bug of its own while it writes a checkpoint, which the others wait for."""
+    from aplantida_dist import record
+
+    def save_checkpoint(*arguments: object, **named: object) -> None:
+        raise KeyError("a bug")
+
+    record.save_checkpoint = save_checkpoint  # type: ignore[assignment]
+
+
+def break_workers(rank: int) -> None:
+    """A worker of rank 1 meets a bug at its fourth micro-batch of training."""
+    from aplantida_dist.data.stream import MicroBatches
+
+    read = MicroBatches.__getitem__
+
+    def sick(self: MicroBatches, coordinates: Coordinates) -> object:
+        if rank == 1 and coordinates.step_in_epoch == BREAKS_AT - 1:
+            raise KeyError("a bug")
+        return read(self, coordinates)
+
+    MicroBatches.__getitem__ = sick  # type: ignore[method-assign, assignment]
 
 
 def inject(rank: int, *, sick_rank: int, act: object) -> None:
@@ -168,6 +194,40 @@ def test_a_bug_on_one_rank_is_told_once(dataset_dir: Path, tmp_path: Path, fired
 
 
 @pytest.mark.fault(
+    what="an exception in the main process alone",
+    how="a KeyError while it writes a checkpoint",
+    holds="its traceback once, with rank, stage and step; the other rank, which waits for it, ends and tells no error",
+)
+def test_a_bug_on_the_main_process_is_told_once(dataset_dir: Path, tmp_path: Path, fired: Fired) -> None:
+    """Nobody waits for the main process where it alone has failed."""
+    run = begin(dataset_dir, tmp_path, before=break_while_saving)
+    seconds = run.wait_until_gone(2 * ENDS_WITHIN_S)
+    assert "Traceback" not in run.stderr(1)
+    assert "error: " not in run.stderr(1)
+    assert run.stderr(0).count("Traceback") == 1
+    assert "KeyError: 'a bug'\non rank 0: saving, after step 2, working" in run.stderr(0)
+    assert run.codes() == [1, 2]
+    fired(f"gone in {seconds:.1f} s, start-up included")
+
+
+@pytest.mark.fault(
+    what="an exception in a loader worker",
+    how="a KeyError in a worker of rank 1",
+    holds="the worker's traceback once, with rank, stage and step; the other rank ends without a word",
+)
+def test_a_bug_in_a_worker_is_told_once(dataset_dir: Path, tmp_path: Path, fired: Fired) -> None:
+    """What a worker meets is its rank's own failure."""
+    run = begin(dataset_dir, tmp_path, before=break_workers)
+    seconds = run.wait_until_gone(2 * ENDS_WITHIN_S)
+    assert run.stderr(0).strip() == ""
+    assert run.stderr(1).count("KeyError: 'a bug'") == 1
+    assert "in DataLoader worker process 0" in run.stderr(1)
+    assert "\non rank 1: training, after step 3, " in run.stderr(1)
+    assert run.codes() == [2, 1]
+    fired(f"gone in {seconds:.1f} s, start-up included")
+
+
+@pytest.mark.fault(
     what="a loader worker killed",
     how="SIGKILL of the worker of rank 1",
     holds="one line names the rank, the worker's pid, stage and step; code 2 on both ranks",
@@ -184,6 +244,29 @@ def test_a_killed_worker_is_named(dataset_dir: Path, tmp_path: Path, fired: Fire
     assert f"DataLoader worker (pid {worker}) is killed by signal: Killed" in said
     assert run.codes() == [2, 2]
     fired(f"gone in {seconds:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.fault(
+    what="a rank killed under its launcher",
+    how="SIGKILL of one of two ranks of `accelerate launch`, which sends the other the SIGTERM that it would stop at gracefully",
+    holds="all gone within 15 s, the dead rank named by the launcher and by the other; the port is free",
+)
+def test_a_rank_killed_under_a_launcher_is_named(dataset_dir: Path, tmp_path: Path, fired: Fired, rank: int) -> None:
+    """A rank that was asked to stop, and cannot reach the next step with a dead one, does not wait for the launcher's SIGKILL."""
+    config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=300, every_steps=2, num_workers=1)
+    run = launch(2, ["--config", config, "--run-dir", tmp_path / "run"], tmp_path / "output")
+    wait_for_checkpoint(run, tmp_path / "run")
+    time.sleep(1.5)  # a beat tells where it was
+    pid = run.ranks()[rank]
+    os.kill(pid, signal.SIGKILL)
+    seconds = run.wait_until_gone(ENDS_WITHIN_S)
+    said = run.said()
+    assert said.count("error: rank ") == 1, said
+    assert f"error: rank {rank} (pid {pid} on " in said
+    assert f"Signal 9 (SIGKILL) received by PID {pid}" in said
+    fired(f"gone in {seconds:.1f} s (rank {rank})")
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
