@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from aplantida_dist.compose import Request
 from aplantida_dist.config import Config
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.errors import UserError
+from aplantida_dist.ground import Request
 from aplantida_dist.loss import cross_entropy
 from aplantida_dist.model import pixel_convention
 from aplantida_dist.optimizer import set_learning_rate

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from aplantida_dist import __version__
-from aplantida_dist.ancestor import open_ancestor
 from aplantida_dist.bad_samples import BadSampleLedger
-from aplantida_dist.checkpoint import Checkpoint, Weights, load_model_state, unpack_optimizer
+from aplantida_dist.checkpoint import Checkpoint, load_model_state, unpack_optimizer
 from aplantida_dist.config import Config
-from aplantida_dist.data.classmap import ClassMap
-from aplantida_dist.data.dataset import Split, open_dataset
-from aplantida_dist.data.plan import TrainPlan
 from aplantida_dist.ema import Ema, build_ema
-from aplantida_dist.execution import synchronize_batchnorm
-from aplantida_dist.freezing import freeze, make_freezing
+from aplantida_dist.freezing import make_freezing
+from aplantida_dist.ground import Ground, Request, lay_ground, warn
 from aplantida_dist.history import History
-from aplantida_dist.init_from import Beginning, begin_with, write_beginning
+from aplantida_dist.init_from import write_beginning
 from aplantida_dist.interruption import Interruption
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.lock import this_process
@@ -36,17 +30,13 @@ from aplantida_dist.recipe import (
     bad_sample_budget_of,
     decided,
     mixing_of,
-    model_of,
     nonfinite_policy_of,
     normalize_of,
     objective_of,
     optimizer_of,
-    plan_of,
     reading_of,
     schedule_of,
-    soft_targets_of,
     stopping_of,
-    teachers_of,
     transforms_of,
 )
 from aplantida_dist.record import MainRecord, Provenance, Record
@@ -56,30 +46,16 @@ from aplantida_dist.rewind import rewind
 from aplantida_dist.run_folder import (
     changed_since,
     checkpoints_dir,
-    find_checkpoint,
     prepare_run_folder,
-    require_same_run,
 )
 from aplantida_dist.signals import Listener
-from aplantida_dist.soft_targets import Coverage, SoftTargets
-from aplantida_dist.spreading import name_blocks
+from aplantida_dist.soft_targets import Coverage
 from aplantida_dist.status import Status
 from aplantida_dist.strict_yaml import dump_yaml, show
-from aplantida_dist.teachers import Teacher, coverage_line, digest_of, seat, write_teachers
+from aplantida_dist.teachers import coverage_line, seat, write_teachers
 from aplantida_dist.trainer import Job, Running
 from aplantida_dist.wandb_report import WandbRun
 from aplantida_dist.world import World
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for beside the config."""
-
-    run_dir: Path
-    resume: str
-    max_samples: int | None
-    extra_checks: bool
-    allow_leak: bool
 
 
 @dataclass(frozen=True)
@@ -92,36 +68,9 @@ class Training:
     origin_lines: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Ground:
-    """What a run stands on: found on every rank alone, before the processes do anything together."""
-
-    class_map: ClassMap
-    train_split: Split
-    val_split: Split | None
-    plan: TrainPlan
-    model: nn.Module
-    checkpoint: Checkpoint | None
-    beginning: Beginning | None
-    teachers: tuple[Teacher, ...]
-    soft_targets: SoftTargets | None
-    digests: dict[str, str]
-    train_counts: tuple[int, ...]
-
-    @property
-    def start_step(self) -> int:
-        return 0 if self.checkpoint is None else self.checkpoint.position.step
-
-    @property
-    def recorded_step(self) -> int:
-        """The last step that a row may tell of: with the totals of its epoch a checkpoint was saved before the epoch's row."""
-        is_before_row = self.checkpoint is not None and bool(self.checkpoint.totals().any())
-        return self.start_step - 1 if is_before_row else self.start_step
-
-
 def compose_across_ranks(config: Config, *, world: World, request: Request, listener: Listener) -> Training:
     """Collective. Put a training together; any rank's UserError is raised on all of them before a step is taken."""
-    ground = world.agree_across_ranks(lambda: _lay_ground(config, world=world, request=request))
+    ground = world.agree_across_ranks(lambda: lay_ground(config, world=world, request=request))
     world.require_equal_across_ranks(
         "what the run stands on (config, dataset, checkpoint)", f"{ground.digests} at {ground.start_step}"
     )
@@ -214,66 +163,7 @@ def compose_across_ranks(config: Config, *, world: World, request: Request, list
     return Training(job, ground.start_step, running, lines)
 
 
-def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
-    """Open the dataset, find the checkpoint, make the model and give it the weights that it begins or goes on with."""
-    dataset = open_dataset(Path(config.data.dataset))
-    train_split = dataset.open_split("train", max_samples=request.max_samples)
-    val_split = dataset.open_split("val", max_samples=request.max_samples) if config.evaluation.every_epochs else None
-    soft_targets = soft_targets_of(config, dataset.class_map)
-    digests = {
-        "config": config.digest,
-        "class_map": dataset.class_map.digest,
-        "train_manifest": train_split.digest,
-        **({} if val_split is None else {"val_manifest": val_split.digest}),
-        **({} if soft_targets is None else {"soft_labels": soft_targets.digest}),
-    }
-    teachers = teachers_of(config, dataset.class_map, train_split)
-    if teachers:
-        digests["teachers"] = digest_of(teachers)
-    checkpoint = find_checkpoint(request.run_dir, request.resume, warn=_warn if world.is_main else _keep_silent)
-    if checkpoint is not None:
-        require_same_run(
-            checkpoint,
-            run_dir=request.run_dir,
-            class_map=dataset.class_map,
-            digests=digests,
-            law_fields=config.law_fields(),
-            law_defaults=config.law_defaults(),
-        )
-    # A checkpoint brings all weights, so those of timm's hub are not fetched a second time.
-    pretrained, beginning = config.model.pretrained and checkpoint is None, None
-    init_from = config.model.init_from
-    init_weights: Weights = "ema" if init_from is not None and config.model.init_from_ema else "raw"
-    model = model_of(config, num_classes=dataset.class_map.num_classes, pretrained=pretrained)
-    if checkpoint is not None:
-        load_model_state(model, checkpoint)
-        digests |= {name: told for name, told in checkpoint.position.digests.items() if name == "init_from"}
-    elif init_from is not None:
-        beginning = begin_with(model, open_ancestor(Path(init_from), weights=init_weights), class_map=dataset.class_map)
-        digests["init_from"] = beginning.descent.digest
-    if config.model.sync_batchnorm:
-        model = synchronize_batchnorm(model, device=world.device)
-    freeze(model, config.model.freeze)
-    if world.spreads_parameters:
-        name_blocks(model)
-    plan = plan_of(config, train_split)
-    train_counts = tuple(train_split.counts_of_classes(dataset.class_map.num_classes))
-    return _Ground(
-        class_map=dataset.class_map,
-        train_split=train_split,
-        val_split=val_split,
-        plan=plan,
-        model=model,
-        checkpoint=checkpoint,
-        beginning=beginning,
-        teachers=teachers,
-        soft_targets=soft_targets,
-        digests=digests,
-        train_counts=train_counts,
-    )
-
-
-def _open_ema(config: Config, ground: _Ground, *, world: World) -> Ema | None:
+def _open_ema(config: Config, ground: Ground, *, world: World) -> Ema | None:
     """The EMA that a config asks for: as the checkpoint holds it, or one that begins with the model. Before `World.prepare`."""
     if config.ema.decay is None:
         return None
@@ -283,7 +173,7 @@ def _open_ema(config: Config, ground: _Ground, *, world: World) -> Ema | None:
     return ema
 
 
-def _cover(config: Config, ground: _Ground, *, world: World) -> Coverage:
+def _cover(config: Config, ground: Ground, *, world: World) -> Coverage:
     """Collective. Hold the soft labels, if any, against the train split, whose keys the main process alone reads."""
     soft_targets, split = ground.soft_targets, ground.train_split
     if soft_targets is None:
@@ -305,7 +195,7 @@ def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimize
         running.spent_ns, running.waited_ns = position.spent_ns, position.waited_ns
 
 
-def _changed(config: Config, ground: _Ground, *, world: World) -> Changes:
+def _changed(config: Config, ground: Ground, *, world: World) -> Changes:
     """What a resumed run does otherwise than the one that wrote its checkpoint, and may."""
     if ground.checkpoint is None:
         return {}
@@ -327,7 +217,7 @@ def _changed_lines(changed: Changes) -> Iterator[str]:
 
 def _open_record(
     config: Config,
-    ground: _Ground,
+    ground: Ground,
     *,
     changed: Changes,
     lineage: Lineage,
@@ -356,7 +246,7 @@ def _open_record(
         recorded_step=ground.recorded_step,
         best_metric=best_metric,
         best_mode=best_mode,
-        warn=_warn,
+        warn=warn,
     )
     resumes = read_resumes(request.run_dir / RESUMES_FILE)
     if ground.checkpoint is not None or resumes:
@@ -375,7 +265,7 @@ def _open_record(
             mode=mode,
             rows=history.rows,
             best=history.best(best_metric, best_mode),
-            warn=_warn,
+            warn=warn,
         ),
         progress=open_progress(is_main=True, first_step=ground.start_step, total_steps=total_steps),
         status=Status(request.run_dir, total_steps=total_steps),
@@ -396,11 +286,3 @@ def _open_record(
         best_metric=best_metric,
         best_mode=best_mode,
     )
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _keep_silent(text: str) -> None:
-    """The other ranks see the same and leave it to the main process to say it."""

@@ -21,6 +21,9 @@ INTERRUPTED_CODE = 130
 SAME_REQUEST_S = 2.0
 """Signals this close are one request: Slurm signals every process, and a launcher passes on to its ranks what it gets itself."""
 
+MEET_WITHIN_S = 8.0
+"""So long a process that was asked to stop waits for the other ranks, where it has not met them: one may be dead, and torch would wait for minutes."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -34,6 +37,7 @@ class Listener:
         self._number = 0
         self._heard_s = 0.0
         self._is_resting = False
+        self._has_met = threading.Event()
 
     @property
     def number(self) -> int:
@@ -51,6 +55,10 @@ class Listener:
             signal.signal(number, _go_on)
             signal.siginterrupt(number, False)
 
+    def meet(self) -> None:
+        """Note that the ranks have met: from here on they agree where they stop."""
+        self._has_met.set()
+
     def rest(self) -> None:
         """Hear no more: all is on disk, and the process is about to leave by itself."""
         self._is_resting = True
@@ -66,8 +74,14 @@ class Listener:
             self._number, self._heard_s = number, now_s
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 _tell(f"{name}: stopping at the next step boundary; once more to leave at once")
+            threading.Thread(target=self._leave_unmet, args=(name,), name="unmet", daemon=True).start()
         elif now_s - self._heard_s >= SAME_REQUEST_S:
             _tell(f"{name}, for the second time: left at once; the last checkpoint is untouched")
+            os._exit(INTERRUPTED_CODE)
+
+    def _leave_unmet(self, name: str) -> None:
+        if not self._has_met.wait(MEET_WITHIN_S):
+            _tell(f"{name}: left at once, as the ranks have not met {MEET_WITHIN_S:.0f} s later; nothing was begun")
             os._exit(INTERRUPTED_CODE)
 
 

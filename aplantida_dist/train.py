@@ -11,11 +11,12 @@ import torch
 
 from aplantida_dist.batch_size import decide_micro_batch_size_across_ranks
 from aplantida_dist.command import CommandParser, count, run_command
-from aplantida_dist.compose import Request, Training, compose_across_ranks
+from aplantida_dist.compose import Training, compose_across_ranks
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.debug import load_debug_config
 from aplantida_dist.errors import UserError
+from aplantida_dist.ground import Request
 from aplantida_dist.interruption import Interrupted
 from aplantida_dist.record import Record
 from aplantida_dist.run_folder import locked
@@ -49,6 +50,7 @@ def main() -> int:
         spreads_parameters=config.train.parallel == "fsdp",
     )
     with ExitStack() as held, world.watched() as watchdog:
+        listener.meet()
         world.learn_from_main_across_ranks(lambda: held.enter_context(locked(arguments.run_dir)))
         training = _compose_across_ranks(arguments, config, world=world, listener=listener)
         record = training.job.record

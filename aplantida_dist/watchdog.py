@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import queue
 import re
 import signal
 import socket
@@ -15,13 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
 from aplantida_dist.beat import SILENT_AFTER_S, Beat, Doing, Sight, Stage, blame, decode_beat
+from aplantida_dist.board import Board, Messenger
 from aplantida_dist.errors import UserError
-
-Value = TypeVar("Value")
+from aplantida_dist.processes import DEAD, STOPPED, pid_space, state_of
 
 BEAT_EVERY_S = 1.0
 LOOKS_A_BEAT = 64
@@ -36,22 +33,11 @@ EXIT_CODE = 2
 
 _REMEDY = "the same command goes on from the newest checkpoint"
 _FIRST_CAUSE = "first_cause"
-_STOPPED, _DEAD = "T", ("", "Z", "X")
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid")
 
 
 class LostRankError(UserError):
     """A rank, or a process of its own, is gone or stands still; the text names it, its stage and its last step."""
-
-
-class Board(Protocol):
-    """Where ranks leave word for each other: torch's TCPStore. A call may raise RuntimeError, and may never return."""
-
-    def set(self, key: str, value: str) -> None: ...
-
-    def multi_get(self, keys: list[str]) -> Sequence[bytes]: ...
-
-    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
 
 
 class Watchdog:
@@ -68,7 +54,7 @@ class Watchdog:
         self._doing: Doing = "working"
         self._ended = threading.Event()
         self._telling = threading.Lock()
-        self._messenger: _Messenger | None = None
+        self._messenger: Messenger | None = None
         self._asked: Future[list[str]] | None = None
         self._answered_s = 0.0
         self._peers: dict[int, _Peer] = {}
@@ -97,7 +83,7 @@ class Watchdog:
             rank=self.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
-            pid_space=_pid_space(),
+            pid_space=pid_space(),
             count=self._count,
             moves=self._moves,
             stage=self._stage,
@@ -112,7 +98,7 @@ class Watchdog:
         `beats` holds a first one of every rank. The first cause is told once, by the rank that met it. Afterwards the process has
         `ENDING_S` seconds to end. A rank that keeps the board leaves the others time to read there why it ends.
         """
-        self._messenger = None if board is None else _Messenger(board)
+        self._messenger = None if board is None else Messenger(board)
         self._peers = {beat.rank: _Peer(beat) for beat in beats if beat.rank != self.rank}
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
@@ -266,7 +252,7 @@ class Watchdog:
         telling.join(ENDING_S / 2)  # the folder of status.json may be what everything waits for
         for beat in (peer.beat for peer in self._peers.values()):
             # A stopped process does not hear a launcher's SIGTERM, and keeps its GPU.
-            if _is_here(beat) and _state_of(beat.pid) == _STOPPED:
+            if _is_here(beat) and state_of(beat.pid) == STOPPED:
                 with contextlib.suppress(OSError):
                     os.kill(beat.pid, signal.SIGKILL)
         os._exit(EXIT_CODE)
@@ -286,35 +272,8 @@ class _Peer:
         self.beat = beat
 
     def seen(self, now_s: float) -> Sight:
-        is_gone = _is_here(self.beat) and _state_of(self.beat.pid) in _DEAD
+        is_gone = _is_here(self.beat) and state_of(self.beat.pid) in DEAD
         return Sight(self.beat, now_s - self.heard_s, now_s - self.moved_s, is_gone)
-
-
-class _Messenger:
-    """A thread that alone speaks with the board: a board on a stopped machine never answers, and a watchdog must not wait for it."""
-
-    def __init__(self, board: Board) -> None:
-        self._board = board
-        self._errands: queue.SimpleQueue[tuple[Callable[[Board], Any], Future[Any]]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="messenger", daemon=True).start()
-
-    def ask(self, act: Callable[[Board], Value]) -> Future[Value]:
-        """Have it done after what was asked before."""
-        future: Future[Value] = Future()
-        self._errands.put((act, future))
-        return future
-
-    def _run(self) -> None:
-        while True:
-            act, future = self._errands.get()
-            try:
-                future.set_result(act(self._board))
-            except RuntimeError as error:
-                future.set_exception(error)
-                break
-        while True:
-            # One failure is enough: torch writes a page about each.
-            self._errands.get()[1].set_exception(RuntimeError("the board is lost"))
 
 
 def first_words(board: Board, beat: Beat) -> None:
@@ -330,20 +289,4 @@ def _key(rank: int) -> str:
 
 def _is_here(beat: Beat) -> bool:
     """Whether a rank's pid means the same process here; containers of one host name may number their own."""
-    return (beat.host, beat.pid_space) == (socket.gethostname(), _pid_space()) != (beat.host, "")
-
-
-def _pid_space() -> str:
-    """What gives pids their meaning, on Linux; elsewhere nothing is known of other processes."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _state_of(pid: int) -> str:
-    """The letter that Linux gives a process: R, S, D, T for stopped, Z for dead and not yet buried; empty where there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
+    return (beat.host, beat.pid_space) == (socket.gethostname(), pid_space()) != (beat.host, "")

@@ -28,9 +28,10 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
+from aplantida_dist.board import Board
 from aplantida_dist.errors import UserError
 from aplantida_dist.signals import end_with_the_parent
-from aplantida_dist.watchdog import Board, Watchdog, first_words
+from aplantida_dist.watchdog import Watchdog, first_words
 
 Value = TypeVar("Value")
 

@@ -17,9 +17,10 @@ from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 
-from aplantida_dist.compose import Request, compose_across_ranks
+from aplantida_dist.compose import compose_across_ranks
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data.dataset import open_dataset
+from aplantida_dist.ground import Request
 from aplantida_dist.herbarium import draw_herbarium
 from aplantida_dist.history import History
 from aplantida_dist.metrics import compute

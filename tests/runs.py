@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from aplantida_dist.checkpoint import Position
-from aplantida_dist.compose import Request, Training, compose_across_ranks
+from aplantida_dist.compose import Training, compose_across_ranks
 from aplantida_dist.config_file import load_config
+from aplantida_dist.ground import Request
 from aplantida_dist.history import without_time
 from aplantida_dist.signals import Listener
 from aplantida_dist.world import open_world

@@ -26,6 +26,8 @@ LAYERS = [
         "terminal",
         "data.frequency",
         "beat",
+        "board",
+        "processes",
     ],
     ["watchdog"],
     ["files", "lock", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
@@ -65,7 +67,7 @@ LAYERS = [
     ["init_from", "teachers"],
     ["origin", "soft_objective"],
     ["evaluation", "recipe", "soft_labelling"],
-    ["trainer"],
+    ["trainer", "ground"],
     ["compose"],
     ["batch_size"],
     ["train", "evaluate", "soft_labels"],
@@ -134,7 +136,14 @@ def test_every_module_has_its_place() -> None:
 @pytest.mark.parametrize("house", SIDE_HOUSES)
 def test_the_houses_beside_know_only_the_ground_floors(house: str) -> None:
     """Building, drawing and analysing need no trainer, and no torch."""
-    ground = {name for names in LAYERS[:5] for name in names} - {"world", "watchdog", "beat", "loss", "objective"} | {
+    ground = {name for names in LAYERS[:5] for name in names} - {
+        "world",
+        "watchdog",
+        "beat",
+        "board",
+        "loss",
+        "objective",
+    } | {
         "config_file",
         "data.dataset",
     }

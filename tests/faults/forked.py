@@ -70,6 +70,12 @@ class ForkedRun:
     def stdout(self, rank: int) -> str:
         return (self.folder / f"stdout_{rank}").read_text()
 
+    def ask_to_stop(self) -> None:
+        """SIGTERM to every rank that lives, as a launcher sends it when one has died."""
+        for rank in self.ranks:
+            if rank.is_alive():
+                rank.terminate()
+
     def kill(self) -> None:
         """SIGKILL every process of it."""
         for pid in self.processes():

@@ -41,6 +41,9 @@ class LaunchedRun:
         """What launcher and ranks printed."""
         return self.output.read_text()
 
+    def ask_to_stop(self) -> None:
+        """The launcher does it."""
+
     def wait_until_gone(self, limit_s: float) -> float:
         """Wait for every process to end and the port to be free; returns the seconds that it took, or fails after the limit."""
         started_s = time.monotonic()

@@ -147,6 +147,9 @@ def kill_and_resume(command: Command, victim: Victim, *, kills: int, seed: int) 
             run = command.start()
             wait_for(moment, run, command.run_dir, chance)
             was_alive = strike(victim, run)
+            if moment == "start-up":
+                # Ranks that have not met know nothing of each other; their launcher does.
+                run.ask_to_stop()
             ended_s = run.wait_until_gone(GONE_WITHIN_S if was_alive else 60)
             # A worker that had delivered its last batch is missed by nobody, nor is a launcher whose ranks are done.
             was_needed = any(run.codes()) or not victim.startswith(("a loader", "the launcher"))
@@ -164,7 +167,7 @@ def kill_and_resume(command: Command, victim: Victim, *, kills: int, seed: int) 
 def prepared(whole: Command, folder: Path) -> Command:
     """The command in a folder of its own, with the unbroken run beside."""
     shutil.copy(whole.config, folder / "config.yaml")
-    shutil.copytree(whole.run_dir, folder / "whole")
+    shutil.copytree(whole.run_dir, folder / "whole", symlinks=True)
     return Command(folder / "config.yaml", folder / "run")
 
 
@@ -222,7 +225,7 @@ MUTANTS = {
         "compose.py", "unpack_optimizer(world.unwrap(model), optimizer.optimizer, checkpoint)", "pass"
     ),
     "history not cut back": Mutant("rewind.py", "history.cut_after(recorded_step)", "0"),
-    "one step too many": Mutant("compose.py", "self.checkpoint.position.step", "self.checkpoint.position.step + 1"),
+    "one step too many": Mutant("ground.py", "self.checkpoint.position.step", "self.checkpoint.position.step + 1"),
 }
 
 
@@ -250,7 +253,7 @@ def survives(command: Command) -> bool:
         command.finish()
         whole = command.run_dir.with_name("whole")
         command.run_dir.rename(whole)
-        shutil.copytree(whole, command.run_dir)
+        shutil.copytree(whole, command.run_dir, symlinks=True)
         for stop in (7, 13):
             for folder in command.run_dir.glob("checkpoints/step_*"):
                 if int(folder.name.removeprefix("step_")) > stop:
