@@ -13,7 +13,6 @@ from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import fmean
 
 from aplantida_dist.report import NullReport, Report, open_report
 from aplantida_dist.wandb_report import Limits, WandbRun

@@ -36,10 +36,9 @@ def bench_stop(load: Load = SMALL, *, repeats: int) -> list[Finding]:
     for world_size, what in ((1, "1 process"), (2, "2 gloo ranks")):
         cost, *_ = run_ranks(world_size, _measure, load, STEPS_A_REPEAT * repeats)
         name = f"stop: the poll of a step, {what}"
-        named = {"peer_name": "the step", "goal": GOAL}
         findings += [
-            compare(name, "CPU ms", cost.polls_cpu_ms, cost.steps_cpu_ms, **named),
-            compare(name, "wall ms", cost.polls_wall_ms, cost.steps_wall_ms, **named),
+            compare(name, "CPU ms", cost.polls_cpu_ms, cost.steps_cpu_ms, peer_name="the step", goal=GOAL),
+            compare(name, "wall ms", cost.polls_wall_ms, cost.steps_wall_ms, peer_name="the step", goal=GOAL),
         ]
     return findings
 

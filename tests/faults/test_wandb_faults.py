@@ -202,19 +202,14 @@ def test_online_goes_on_offline_where_the_server_is_not_to_be_had(
     fired(told)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     what="W&B's server breaks in mid-run: silent, 500, closed connections",
     how="the stand-in begins to fail when it has half of the rows",
     holds="code 0; the same command again sends exactly what is left; `wandb sync` sends all again under the same W&B steps",
 )
 @pytest.mark.parametrize(
-    ("fault", "later"),
-    [
-        ("hang", "again"),
-        pytest.param("hang", "sync", marks=pytest.mark.slow),
-        pytest.param("500", "again", marks=pytest.mark.slow),
-        pytest.param("reset", "again", marks=pytest.mark.slow),
-    ],
+    ("fault", "later"), [("hang", "again"), ("hang", "sync"), ("500", "again"), ("reset", "again")]
 )
 def test_a_server_that_breaks_in_mid_run_gets_the_rows_later(
     fault: Fault, later: str, server: WandbServer, tmp_path: Path, fired: Any
