@@ -221,7 +221,7 @@ def test_the_other_commands_end_at_once(
 def test_a_launcher_that_is_signalled_stops_its_ranks(
     dataset_dir: Path, tmp_path: Path, fired: Fired, launcher: str, numbers: tuple[signal.Signals, ...]
 ) -> None:
-    epochs = 42
+    epochs = 14 * len(numbers)
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=epochs, num_workers=1)
     ranks = train_until(NEVER, world_size=2, config=config, run_dir=tmp_path / "whole")
     assert [rank.finished.code for rank in ranks] == [0, 0]
