@@ -21,6 +21,9 @@ def open_streams(*, outlive_readers: bool) -> None:
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         _open_if_closed(descriptor)
         stream = getattr(sys, name)
+        if stream is None:  # it was closed when the interpreter started
+            stream = open(descriptor, "r" if descriptor == 0 else "w", closefd=False)  # noqa: SIM115 -- for as long as the process
+            setattr(sys, name, stream)
         if descriptor == 0 or not isinstance(stream, io.TextIOWrapper):
             continue
         stream.reconfigure(errors="backslashreplace")

@@ -19,6 +19,8 @@ from aplantida_dist.signals import STOPPED_CODE
 
 FLUSH_INTERVAL_S = 1.0
 """W&B writes its folder every 15 s by itself; a kill would take those rows with it."""
+REQUEST_S = 5
+"""For the requests that a check of the key makes, at the start and before the artifact; by itself W&B takes 10 s and 19 s for them."""
 EARLIER_DIR = "earlier"
 ROOM_BYTES = 65_536
 """More than W&B's own buffer holds back, and some tens of rows."""
@@ -79,15 +81,20 @@ class WandbReport:
         _require_room(self._described.folder)
 
     def finish(self, *, exit_code: int) -> None:
-        """Keep config, class map and history as an artifact of the run, and close it."""
+        """Keep config, class map and history as an artifact of the run, and close it, also where a server takes no artifact."""
+        try:
+            self._keep_files()
+        finally:
+            if exit_code == STOPPED_CODE:
+                self._run.mark_preempting()
+            self._run.finish(exit_code=exit_code)
+
+    def _keep_files(self) -> None:
         artifact = wandb.Artifact(f"history-{self._run.id}", type="history")
         for name in ("config.yaml", "classes.json", HISTORY_FILE, COLUMNS_FILE):
             if (self._described.run_dir / name).exists():
                 artifact.add_file(str(self._described.run_dir / name), name=name)
         self._run.log_artifact(artifact)
-        if exit_code == STOPPED_CODE:
-            self._run.mark_preempting()
-        self._run.finish(exit_code=exit_code)
 
 
 def require_key() -> None:
@@ -157,6 +164,7 @@ def _init(described: WandbRun, *, mode: Literal["offline", "online"], limits: Li
     # Artifacts are staged in the home folder unless told otherwise; a run keeps to its own.
     os.environ.setdefault("WANDB_DATA_DIR", str(described.folder))
     os.environ.setdefault("WANDB_CACHE_DIR", str(described.folder / "cache"))
+    os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(REQUEST_S))
     return wandb.init(
         project=described.project,
         name=described.name,

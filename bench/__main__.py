@@ -21,10 +21,12 @@ from bench.memory import bench_memory
 from bench.parity import bench_parity
 from bench.pictures import Pictures, prepare_pictures
 from bench.plan import bench_plan
+from bench.report import bench_report
+from bench.stop import bench_stop
 from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
-PARTS = ("loader", "loop", "totals", "plan", "index", "audit", "build")
+PARTS = ("loader", "loop", "totals", "plan", "index", "audit", "build", "report", "stop")
 SLOW_PARTS = ("memory", "parity")
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
@@ -37,7 +39,9 @@ peer's, the median over the repeats. Every loader delivers the same pictures as 
 224 px with the same crop, flip and number of workers, from the page cache; ours ships uint8 and normalises in the main
 process, the peers in their workers. The index is of their shards, as if they were tars of others. Building is without its audit, from files in the page cache, in wall time: ours
 digests, indexes and syncs what it writes; the peers do none of it, and are measured with a sync and `tar` also without.
-The loop has mixup, clipping and EMA on both sides. Parity is no speed: it trains with ours and with timm's task, loader,
+The loop has mixup, clipping and EMA on both sides. Report is such steps with W&B online, to a stand-in of its server on
+this machine, beside steps without; stop is what it costs at each step to ask all ranks whether one was told to stop,
+beside the step. Parity is no speed: it trains with ours and with timm's task, loader,
 optimizer and schedule on the same shards, and tells how far apart they come out.
 The first run draws the pictures (about a minute) and keeps them in bench/.cache.
 """
@@ -67,6 +71,10 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
             return bench_memory(CACHE_DIR, num_records=options.records)
         case "parity":
             return bench_parity(CACHE_DIR, world=_open_world(), num_seeds=options.seeds)
+        case "report":
+            return bench_report(repeats=options.repeats)
+        case "stop":
+            return bench_stop(repeats=options.repeats)
         case "totals":
             return bench_totals(repeats=options.repeats)
         case _:

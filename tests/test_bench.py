@@ -19,6 +19,8 @@ from bench.index import index, read, read_with_sha256
 from bench.loader import Loader, image_folder, measure, ours, webdataset_pipeline
 from bench.loop import Load, make_loops
 from bench.pictures import Pictures, prepare_pictures
+from bench.report import bench_report
+from bench.stop import bench_stop
 from bench.table import to_text
 from bench.totals import make_peer, make_slot, update_ours
 
@@ -136,3 +138,22 @@ def test_the_ratio_is_the_median_of_the_pairs() -> None:
     alone = Finding("y", "MB", 51.0, "", None, None, Goal("at most", 50.0))
     lines = to_text([faster, slower, alone]).splitlines()
     assert [line.split()[-1] for line in lines] == ["reached", "yes", "NO", "NO"]
+
+
+TINY = Load("test_vit", image_size=32, num_classes=10, batch_size=2)
+
+
+def test_the_poll_is_measured_beside_the_step() -> None:
+    """On one process and on two ranks, CPU and wall time; and two ranks have something to ask each other."""
+    findings = bench_stop(TINY, repeats=1)
+    assert [finding.unit for finding in findings] == ["CPU ms", "wall ms"] * 2
+    assert findings[0].ours < findings[2].ours < findings[2].peer  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_wandb_is_measured_beside_the_steps(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its threads and its process both spend something on rows; the stand-in is fresh for each way it answers."""
+    findings = bench_report(TINY, repeats=1)
+    assert [finding.unit for finding in findings] == ["CPU ms", "CPU ms", "wall ms"] * 2
+    assert all(finding.ours > 0.1 for finding in findings)
+    assert "going on offline" not in capfd.readouterr().err

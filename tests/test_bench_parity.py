@@ -85,6 +85,7 @@ def test_timm_reads_our_shards_whole(dataset_dir: Path) -> None:
     assert all(labels[index] >= count for index, count in enumerate((25, 10, 5, 19, 2, 8)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's, when an epoch ends
 def test_both_train_and_are_compared(dataset_dir: Path, tmp_path: Path) -> None:
     """The command and timm's parts, each for two epochs: every number of the table is there and finite."""

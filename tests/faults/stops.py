@@ -59,6 +59,8 @@ def command_until(
 
 
 def _run(stop: Stop, module: str, arguments: list[str], outputs: Any, mutants: Any) -> tuple[int, int, float]:
+    # A job in the background of a script ignores it, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for place, change in mutants:
         replace(place, change)
     calls: list[float] = []

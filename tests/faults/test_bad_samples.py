@@ -248,7 +248,7 @@ def test_two_ranks_stop_together_beyond_the_budget(dataset_dir: Path, tmp_path: 
     assert ranks[1].stderr == ""
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "val"])
 def test_a_run_that_stopped_may_go_on_by_voiding(dataset_dir: Path, tmp_path: Path, split: str) -> None:
     """`stop` names the picture, in an evaluation too; the policy is free to change, for the same numbers."""
     dataset = copied(dataset_dir, tmp_path)

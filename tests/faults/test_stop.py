@@ -204,75 +204,87 @@ def test_the_other_commands_end_at_once(
 
 @pytest.mark.fault(
     what="SIGTERM, SIGUSR1 and Ctrl-C to the launcher, and to every process at once (Slurm), loader workers too",
-    how="a real launcher over two ranks, six stops at random moments of one run, the same command after each",
+    how="a real launcher over two ranks, or one on each of two nodes of which one is told; stops at random moments of one run, the same command after each",
     holds="each ends within the grace period of 30 s with status.json saying stopped; no process is left; no page of traceback from a rank; the end is the unbroken run's",
 )
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize(
+    ("launcher", "numbers"),
+    [
+        ("accelerate", (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)),
+        ("torchrun", (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)),
+        ("two nodes", (signal.SIGTERM,)),
+    ],
+    ids=["accelerate", "torchrun", "two_nodes"],
+)
 def test_a_launcher_that_is_signalled_stops_its_ranks(
-    dataset_dir: Path, tmp_path: Path, fired: Fired, launcher: str
+    dataset_dir: Path, tmp_path: Path, fired: Fired, launcher: str, numbers: tuple[signal.Signals, ...]
 ) -> None:
-    epochs = 42
+    epochs = 14 * len(numbers)
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=epochs, num_workers=1)
     ranks = train_until(NEVER, world_size=2, config=config, run_dir=tmp_path / "whole")
     assert [rank.finished.code for rank in ranks] == [0, 0]
     run_dir, output, random, seconds = tmp_path / "run", tmp_path / "output", Random(5), []
-    stops = [
-        (number, everyone) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) for everyone in (False, True)
-    ]
     step = 0
-    for number, everyone in stops:
-        process = launch(launcher, config, run_dir, output)
-        wait_for_step(run_dir, step + 5, process, output)
+    for number, everyone in [(number, everyone) for number in numbers for everyone in (False, True)]:
+        nodes = launch(launcher, config, run_dir, output)
+        wait_for_step(run_dir, step + 5, nodes[0], output)
         time.sleep(random.uniform(0, 0.5))
         sent_s = time.monotonic()
-        for pid in processes_of(run_dir) if everyone else [process.pid]:
+        for pid in processes_of(run_dir) if everyone else [nodes[-1].pid]:
             os.kill(pid, number)
-        process.wait(timeout=60)
+        for node in nodes:
+            node.wait(timeout=60)
         seconds.append(time.monotonic() - sent_s)
         status, said = status_of(run_dir), output.read_text()
         step = status["step"]
         assert (status["phase"], status["signal"]) == ("stopped", number.name), said
         assert (run_dir / "checkpoints" / f"step_{status['checkpoint_step']:08d}").is_dir()
-        assert process.returncode != 0
+        assert all(node.returncode != 0 for node in nodes)
         assert "aplantida_dist/" not in said, "a rank's traceback"
-        assert said.count("stopping at the next step boundary") == 1
+        assert said.count("stopping at the next step boundary") == (len(nodes) if everyone else 1)
         settle(run_dir)
-    process = launch(launcher, config, run_dir, output)
-    assert process.wait(timeout=900) == 0, output.read_text()
+    nodes = launch(launcher, config, run_dir, output)
+    assert [node.wait(timeout=900) for node in nodes] == [0] * len(nodes), output.read_text()
     assert_same_run(tmp_path / "whole", run_dir)
-    fired(f"6 stops, {min(seconds):.1f} to {max(seconds):.1f} s from signal to the launcher's end")
+    fired(f"{len(seconds)} stops, {min(seconds):.1f} to {max(seconds):.1f} s from signal to the last launcher's end")
 
 
-def launch(launcher: str, config: Path, run_dir: Path, output: Path) -> subprocess.Popen[bytes]:
-    """The command a user types, what it prints in a file."""
-    module = "accelerate.commands.launch" if launcher == "accelerate" else "torch.distributed.run"
-    ranks = (
-        ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-        if launcher == "accelerate"
-        else ["--nproc-per-node", "2", "--master-port", "0"]
-    )
-    command = [
-        sys.executable,
-        "-m",
-        module,
-        *ranks,
-        "-m",
-        "aplantida_dist.train",
-        "--config",
-        str(config),
-        "--run-dir",
-        str(run_dir),
+def launch(launcher: str, config: Path, run_dir: Path, output: Path) -> list[subprocess.Popen[bytes]]:
+    """The command a user types, once a node, what they print in a file."""
+    torchrun = "torch.distributed.run"
+    meeting = [
+        "--nproc-per-node",
+        "1",
+        "--nnodes",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(free_port()),
     ]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PET_SIGNALS_TO_HANDLE": FORWARDED,
+    commands = {
+        "accelerate": [
+            ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+        ],
+        # Not with port 0, of which torchrun tells its ranks as it stands.
+        "torchrun": [[torchrun, "--nproc-per-node", "2", "--standalone"]],
+        "two nodes": [[torchrun, *meeting, "--node-rank", str(rank)] for rank in range(2)],
     }
+    told = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PET_SIGNALS_TO_HANDLE": FORWARDED}
+    training = ["-m", "aplantida_dist.train", "--config", str(config), "--run-dir", str(run_dir)]
     with output.open("wb") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        return [
+            subprocess.Popen(
+                [sys.executable, "-m", *command, *training],
+                env={**os.environ, **told},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for command in commands[launcher]
+        ]
 
 
 def test_wandb_hears_that_the_run_will_go_on(dataset_dir: Path, tmp_path: Path) -> None:

@@ -11,19 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from aplantida_dist.wandb_report import flatten
+from aplantida_dist.report import LIMITS
+from aplantida_dist.wandb_report import Limits, flatten
 from tests.ranks import command_on_ranks, free_port
 from tests.runs import rows_of, write_config
 from tests.wandb_process import RUN_ID
 from tests.wandb_server import Fault, WandbServer, serve_wandb
 
 KEY = 40 * "a"
-SHORT_LIMITS = (3.0, 3.0, 10.0)
+SHORT_LIMITS = Limits(init_s=3.0, finish_s=3.0, grace_s=10.0)
 """For W&B's server to answer, to take what is left, and the grace beyond: the last is of a busy machine, not of W&B."""
 BUSY_S = 20.0
 """What this machine may add: it runs other tests beside."""
@@ -40,13 +42,20 @@ class Training:
     """A process of tests/wandb_process.py: goes from stage to stage as it is told."""
 
     def __init__(
-        self, run_dir: Path, *, url: str, mode: str = "online", last_epoch: int = EPOCHS, file_limit: int | None = None
+        self,
+        run_dir: Path,
+        *,
+        url: str,
+        mode: str = "online",
+        last_epoch: int = EPOCHS,
+        file_limit: int | None = None,
+        limits: Limits = SHORT_LIMITS,
     ) -> None:
         command = [sys.executable, "-m", "tests.wandb_process", str(run_dir), mode, str(last_epoch)]
         self._is_waiting = False
         limit = (resource.RLIMIT_FSIZE, (file_limit or 0, resource.RLIM_INFINITY))
         self.process = subprocess.Popen(
-            [*command, *map(str, SHORT_LIMITS)],
+            [*command, *map(str, astuple(limits))],
             env=environment(url, home=run_dir.parent),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -73,7 +82,7 @@ class Training:
 
     def end(self) -> str:
         """Let it exit by itself, with code 0; returns its stderr."""
-        _, stderr = self.process.communicate("\n", timeout=sum(SHORT_LIMITS) + BUSY_S)
+        _, stderr = self.process.communicate("\n", timeout=sum(astuple(SHORT_LIMITS)) + BUSY_S)
         assert self.process.returncode == 0, stderr
         return stderr
 
@@ -144,14 +153,14 @@ def wait_for_the_end_of(services: list[int]) -> None:
 
 
 def figure(*, start_s: float, show_s: float, end_s: float) -> str:
-    return f"start {start_s:.1f} s, slowest row {1000 * show_s:.1f} ms, end {end_s:.1f} s (limits {SHORT_LIMITS[0]:.0f}, –, {SHORT_LIMITS[1]:.0f} s)"
+    return f"start {start_s:.1f} s, slowest row {1000 * show_s:.1f} ms, end {end_s:.1f} s (limits {SHORT_LIMITS.init_s:.0f}, –, {SHORT_LIMITS.finish_s:.0f} s)"
 
 
 def finish(training: Training, *, start_s: float) -> tuple[str, str]:
     """From where a training stands to its exit, within its budgets; its figure and its stderr."""
     show_s, end_s = training.reach("shown"), training.reach("done")
     stderr = training.end()
-    init_s, finish_s, grace_s = SHORT_LIMITS
+    init_s, finish_s, grace_s = astuple(SHORT_LIMITS)
     assert start_s < init_s + grace_s + BUSY_S
     assert end_s < finish_s + grace_s + BUSY_S
     assert show_s < 0.5
@@ -193,19 +202,14 @@ def test_online_goes_on_offline_where_the_server_is_not_to_be_had(
     fired(told)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     what="W&B's server breaks in mid-run: silent, 500, closed connections",
     how="the stand-in begins to fail when it has half of the rows",
     holds="code 0; the same command again sends exactly what is left; `wandb sync` sends all again under the same W&B steps",
 )
 @pytest.mark.parametrize(
-    ("fault", "later"),
-    [
-        ("hang", "again"),
-        pytest.param("hang", "sync", marks=pytest.mark.slow),
-        pytest.param("500", "again", marks=pytest.mark.slow),
-        pytest.param("reset", "again", marks=pytest.mark.slow),
-    ],
+    ("fault", "later"), [("hang", "again"), ("hang", "sync"), ("500", "again"), ("reset", "again")]
 )
 def test_a_server_that_breaks_in_mid_run_gets_the_rows_later(
     fault: Fault, later: str, server: WandbServer, tmp_path: Path, fired: Any
@@ -251,6 +255,27 @@ def test_a_finish_that_never_returns_is_given_up(server: WandbServer, tmp_path: 
     assert not Path(f"/proc/{service}").exists()
     assert_the_next_process_fills_up(run_dir, server)
     fired(told)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    what="a run that is asked to stop while W&B's server is silent",
+    how="the stand-in falls silent in mid-run; the limits are those of a training",
+    holds="W&B is closed within the 30 s that a launcher and Kubernetes give, so that the exit code comes through",
+)
+def test_a_silent_server_leaves_room_in_the_grace_period(server: WandbServer, tmp_path: Path, fired: Any) -> None:
+    """The check of the key before the artifact once took 19 s of its own, and `finish` 20 more."""
+    training = Training(tmp_path / "run", url=server.url, limits=LIMITS)
+    training.reach("open")
+    training.reach("half")
+    wait_for_rows(server, EPOCHS // 2)
+    server.fault = "hang"
+    training.reach("shown")
+    end_s = training.reach("done")
+    training.end()
+    assert server.failed["hang"] > 0
+    assert end_s < 30.0
+    fired(f"end {end_s:.1f} s")
 
 
 @pytest.mark.fault(
@@ -331,7 +356,7 @@ def test_online_without_a_sound_key_is_an_error_at_once(
 @pytest.mark.slow
 @pytest.mark.fault(
     what="training speed beside a silent W&B server",
-    how="a training with `online` and a stand-in that accepts and never answers, and one without W&B, in turns",
+    how="a training with `online` and a stand-in that accepts and never answers, and one without W&B",
     holds="the same rows; the cost of W&B in the step loop is a row handed to a thread, once an epoch",
 )
 def test_a_silent_server_costs_no_speed(
@@ -342,18 +367,20 @@ def test_a_silent_server_costs_no_speed(
         monkeypatch.setenv(name, value)
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=12)
     speeds: dict[str, list[float]] = {"online": [], "disabled": []}
-    for turn in range(2):
-        for mode, found in speeds.items():
-            run_dir = tmp_path / f"{mode}_{turn}"
-            arguments = ["--config", config, "--run-dir", run_dir, f"report.wandb={mode}"]
-            (finished,) = command_on_ranks(1, "aplantida_dist.train", arguments, tmp_path)
-            assert finished.code == 0, finished.stderr
-            assert ("going on offline" in finished.stderr) == (mode == "online")
-            rows = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
-            found += [row["train"]["images_per_s"] for row in rows[1:]]
+    histories = []
+    for mode, found in speeds.items():
+        run_dir = tmp_path / mode
+        arguments = ["--config", config, "--run-dir", run_dir, f"report.wandb={mode}"]
+        (finished,) = command_on_ranks(1, "aplantida_dist.train", arguments, tmp_path)
+        assert finished.code == 0, finished.stderr
+        assert ("going on offline" in finished.stderr) == (mode == "online")
+        rows = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
+        found += [row["train"]["images_per_s"] for row in rows[1:]]
+        histories.append(rows_of(run_dir))
+        for row in histories[-1]:
+            del row["digests"]["config"]  # the mode is in it
     assert server.failed["hang"] > 0
-    assert rows_of(tmp_path / "online_0") == rows_of(tmp_path / "disabled_0")
+    assert histories[0] == histories[1]
     online, disabled = (statistics.median(found) for found in speeds.values())
-    fired(
-        f"median of 22 epochs: {online:.1f} images/s with, {disabled:.1f} without ({100 * (online / disabled - 1):+.1f} %)"
-    )
+    # On a machine that does other things beside this tells little: `make bench` has the CPU time.
+    fired(f"median of 11 epochs of 5 tiny steps: {online:.0f} images/s with, {disabled:.0f} without")
