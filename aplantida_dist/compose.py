@@ -219,6 +219,8 @@ def _lay_ground(config: Config, *, world: World, request: Request) -> _Ground:
     dataset = open_dataset(Path(config.data.dataset))
     train_split = dataset.open_split("train", max_samples=request.max_samples)
     val_split = dataset.open_split("val", max_samples=request.max_samples) if config.evaluation.every_epochs else None
+    for split in (train_split, *(() if val_split is None else (val_split,))):
+        split.require_indexes()
     soft_targets = soft_targets_of(config, dataset.class_map)
     digests = {
         "config": config.digest,

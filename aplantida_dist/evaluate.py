@@ -129,6 +129,7 @@ def _open(arguments: argparse.Namespace, config: Config) -> _Opened:
         theirs=str(arguments.data),
     )
     split = dataset.open_split(arguments.split)
+    split.require_indexes()
     if dataset.class_map.digest != class_map.digest:
         split = split.relabelled(labels)
     model = model_of(config, num_classes=class_map.num_classes, pretrained=False)

@@ -90,6 +90,7 @@ def _open(arguments: argparse.Namespace, config: Config, world: World) -> Labell
     checkpoint = resolve_checkpoint(arguments.run, arguments.checkpoint)
     class_map = load_class_map(arguments.run / CLASSES_FILE)
     split = open_dataset(arguments.data).open_split(arguments.split)
+    split.require_indexes()
     model = model_of(config, num_classes=class_map.num_classes, pretrained=False)
     load_model_state(model, checkpoint)
     pixels = pixel_convention(model)
