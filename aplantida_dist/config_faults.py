@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from aplantida_dist.config import SECTIONS, Config, flat
 from aplantida_dist.config_sections import is_loss
-from aplantida_dist.credentials import has_credentials
+from aplantida_dist.credentials import without_credentials
 from aplantida_dist.strict_yaml import show
 
 FIELDS: dict[str, FieldInfo] = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS} | {
@@ -38,16 +38,20 @@ def find_faults(content: Mapping[str, Any], *, doubtful: Collection[str]) -> lis
     # What is left out here is filled with train's, of which everything is said already.
     unjudged = {*doubtful, *({"evaluation.micro_batch_size"} - written.keys())}
     faults = [fault for fault in _schema_faults(content) if not is_within(fault.place, unjudged)]
-    faults += [Fault(place, _CREDENTIALS) for place, value in written.items() if has_credentials(str(value))]
+    faults += [Fault(place, _CREDENTIALS) for place, value in written.items() if _may_hold_secrets(str(value))]
     broken = {*doubtful, *(fault.place for fault in faults)}
     values = {name: field.default for name, field in FIELDS.items() if not field.is_required()} | written
-    sound = {name: value for name, value in values.items() if not is_within(name, broken)}
+    # Where an element of a list is broken, so is the list.
+    sound = {name: values[name] for name in values if not any(_touch(name, place) for place in broken)}
     return faults + [Fault(place, f"found {show(sound[place])}, expected {text}") for place, text in _relations(sound)]
 
 
-_CREDENTIALS = (
-    "found a URL with a user or a password in it, which config.yaml, the checkpoints and W&B would show; take it out"
-)
+_CREDENTIALS = "found a URL with a user, a password or a query in it, which config.yaml, the checkpoints and W&B would show; take it out"
+
+
+def _may_hold_secrets(text: str) -> bool:
+    """Whether a text has what is not to be shown; no key takes an address of the web, so that a query is none of its parts."""
+    return without_credentials(text) != text
 
 
 def is_within(place: str, others: Collection[str]) -> bool:
@@ -55,13 +59,34 @@ def is_within(place: str, others: Collection[str]) -> bool:
     return any(f"{place}.".startswith(f"{other}.") for other in others)
 
 
+def _touch(one: str, other: str) -> bool:
+    """Whether one of two dotted places is the other, or below it."""
+    return is_within(one, [other]) or is_within(other, [one])
+
+
 def _schema_faults(content: Mapping[str, Any]) -> Iterator[Fault]:
     try:
         Config.model_validate(content)
     except ValidationError as error:
+        # Of `a number or a word` pydantic tells two errors, each in a place of its own below the field: the first is told.
+        first: dict[str, ErrorDetails] = {}
         for details in error.errors():
-            place = ".".join(str(part) for part in details["loc"])
+            first.setdefault(_place_of(details), details)
+        for place, details in first.items():
             yield Fault(place, _schema_text(place, details))
+
+
+def _place_of(details: ErrorDetails) -> str:
+    place = ".".join(str(part) for part in details["loc"])
+    field = next((name for name in FIELDS if is_within(place, [name]) and _words_of(FIELDS[name])), None)
+    return field or place
+
+
+def _words_of(field: FieldInfo) -> list[str]:
+    """The words that may stand in the place of another type's value."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    literals = [kind for kind in kinds if get_origin(kind) is Literal]
+    return [str(word) for literal in literals for word in get_args(literal)] if len(kinds) > len(literals) else []
 
 
 def _schema_text(place: str, details: ErrorDetails) -> str:
@@ -76,6 +101,7 @@ def _schema_text(place: str, details: ErrorDetails) -> str:
     expected = _EXPECTED.get(details["type"], message)
     if field and type(None) in get_args(field.annotation):
         expected += " or null"
+    expected = " or ".join([expected, *(_words_of(field) if field else [])])
     if details["type"] == "string_type" and isinstance(found, bool | int | float):
         expected += f': write "{show(found)}"'
     return f"found {show(found)}, expected {expected}"

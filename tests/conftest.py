@@ -14,6 +14,7 @@ import torch
 from aplantida_dist.shards.writer import ShardLimits
 from tests.disks import can_mount, mounted
 from tests.pictures import build, fill
+from tests.whole_files import write_whole_files
 
 torch.set_num_threads(1)
 
@@ -31,6 +32,12 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("datasets") / "small"
     build(folder, out, limits=ShardLimits(num_samples=13))
     return out
+
+
+@pytest.fixture(scope="session")
+def whole_files(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the fuzzers damage: whole files of every reader, in a folder of its name."""
+    return write_whole_files(tmp_path_factory.mktemp("whole_files"), dataset_dir=dataset_dir)
 
 
 @pytest.fixture

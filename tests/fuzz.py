@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def damaged_json(draw: st.DrawFn, whole: bytes) -> bytes:
         holder, key = draw(st.sampled_from(places))
         match draw(st.sampled_from(["odd", "odd", "lose", "rename", "copy"])):
             case "odd":
-                holder[key] = draw(st.sampled_from(ODD_VALUES))
+                # A copy: a later accident may change what is inside of it.
+                holder[key] = deepcopy(draw(st.sampled_from(ODD_VALUES)))
             case "lose":
                 del holder[key]
             case "rename" if isinstance(holder, dict):

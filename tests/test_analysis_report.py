@@ -154,6 +154,20 @@ def test_names_and_configs_from_outside_are_escaped(tmp_path: Path) -> None:
     assert_whole(write_report([broken], out_dir=tmp_path / "out3"))
 
 
+def test_a_name_that_turns_the_page_around_is_told_in_escapes(tmp_path: Path) -> None:
+    """Quotes, a line break, a turn to right-to-left and a byte that is no text, in the folder's name; and in W&B's name, as text."""
+    name = "a\"'><img src=x onerror=alert(1)>\n\u202e\u2067\udcff"
+    config = f"report:\n  name: '{EVIL} \" onload=x'\n"
+    run_dir = write_run(tmp_path / name, rows_of(healthy_columns(epochs=2, num_classes=4)), config=config)
+    report = write_report([run_dir], out_dir=tmp_path / "out")
+    assert_whole(report)
+    text = report.page_path.read_text(encoding="utf-8")
+    assert parse(report).seen.count("img") == len(report.plot_paths)
+    assert not set(text) & {"\u202e", "\u2067"}
+    assert "onerror=alert(1)&gt;\\n\\u202e\\u2067\\udcff</h1>" in text
+    assert report.runs[0].curves.name.isprintable()
+
+
 def test_the_same_history_makes_the_same_bytes(tmp_path: Path) -> None:
     """A report holds no clock and no chance: written twice, it is the same."""
     source = write_file(tmp_path / "h.json", {"val_loss": [3.0, 2.0]})

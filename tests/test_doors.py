@@ -6,14 +6,18 @@ import ast
 import json
 import os
 import pickle
+import re
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -22,6 +26,10 @@ from aplantida_dist.ancestor import InitError, open_ancestor
 from aplantida_dist.config import ConfigError
 from aplantida_dist.config_file import load_config
 from aplantida_dist.credentials import has_credentials, without_credentials
+from aplantida_dist.data.dataset import open_dataset
+from aplantida_dist.data.index import INDEX_DTYPE, ShardError
+from aplantida_dist.data.manifest import ManifestError
+from aplantida_dist.files import sha256_of_file
 from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.lines import LineError
@@ -39,6 +47,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("aplantida_dist", "shards", "bench") for path in (ROOT / folder).rglob("*.py"))
 SECRET = "hunter2"
 URL = f"https://me:{SECRET}@example.org/x.tar"
+SIGNED_URL = f"https://example.org/x.tar?X-Amz-Expires=60&X-Amz-Signature={SECRET}"
 EVIL = "<script>alert(1)</script>"
 
 
@@ -314,37 +323,99 @@ def test_an_index_that_points_outside_its_shard_is_refused(offset: int, length: 
     assert peak_bytes_of(code) < 150 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("labels", "fault"),
+    [
+        ({3: 6}, r"row 3 has the label 6, of which the manifest counts no sample in this shard"),
+        ({12: 2**32 - 1}, r"row 12 has the label 4294967295, of which the manifest counts no sample"),
+        (dict.fromkeys(range(13), 0), r"13 rows have the label 0, the manifest counts \d"),
+    ],
+)
+def test_an_index_with_a_label_that_is_none_is_refused(
+    dataset_dir: Path, tmp_path: Path, labels: dict[int, int], fault: str
+) -> None:
+    """Also one whose digest the manifest has. The last label would be 32 GB of counts, and 6 a row that a head of 6 classes lacks."""
+    copy = Path(shutil.copytree(dataset_dir, tmp_path / "copy"))
+    index_path, manifest_path = copy / "train/shard-000001.idx", copy / "train/manifest.json"
+    index = np.fromfile(index_path, dtype=INDEX_DTYPE)
+    for row, label in labels.items():
+        index["label"][row] = label
+    index_path.write_bytes(index.tobytes())
+    manifest = json.loads(manifest_path.read_text())
+    manifest["shards"][1]["index_sha256"] = sha256_of_file(index_path)
+    manifest_path.write_text(json.dumps(manifest))
+    split = open_dataset(copy).open_split("train")
+    with pytest.raises(ShardError, match=rf"shard-000001\.idx: {fault}"):
+        split.read_index(1)
+    command = ["--config", write_config(tmp_path / "config.yaml", copy), "--run-dir", tmp_path / "run"]
+    (refused,) = command_on_ranks(1, "aplantida_dist.train", command, tmp_path)
+    assert refused.code == 2
+    assert re.search(rf"error: .*{fault}", refused.stderr)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_manifest_that_counts_a_class_beyond_the_map_is_refused(dataset_dir: Path, tmp_path: Path) -> None:
+    """Before an index is read."""
+    copy = Path(shutil.copytree(dataset_dir, tmp_path / "copy"))
+    path = copy / "val/manifest.json"
+    manifest = json.loads(path.read_text())
+    for counts in (manifest["class_counts"], *(shard["class_counts"] for shard in manifest["shards"])):
+        counts["6"] = counts.pop("5", 0)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(
+        ManifestError, match=r"manifest\.json: counts samples of the class 6, .* has the classes 0 to 5"
+    ):
+        open_dataset(copy).open_split("val")
+
+
 # what would show
 
 
-@pytest.mark.parametrize("name", ["data.dataset", "model.init_from", "report.name", "report.tags"])
-def test_credentials_in_a_config_are_refused_and_not_repeated(dataset_dir: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        *((name, URL) for name in ("data.dataset", "model.init_from", "report.name", "report.tags")),
+        ("data.dataset", SIGNED_URL),
+        ("report.tags", f"https://example.org/?{SECRET}"),
+    ],
+)
+def test_credentials_in_a_config_are_refused_and_not_repeated(
+    dataset_dir: Path, tmp_path: Path, name: str, url: str
+) -> None:
     """From the file and from the command line, before anything is written; the message does not tell them either."""
     config = write_config(tmp_path / "config.yaml", dataset_dir)
-    value = f"[{URL!r}]" if name == "report.tags" else URL
+    value = f"[{url!r}]" if name == "report.tags" else url
     command = ["--config", config, "--run-dir", tmp_path / "run", f"{name}={value}"]
     (refused,) = command_on_ranks(1, "aplantida_dist.train", command, tmp_path)
     assert refused.code == 2
-    assert f"{name}: found a URL with a user or a password" in refused.stderr
+    assert f"{name}: found a URL with a user, a password or a query" in refused.stderr
     assert SECRET not in refused.stdout + refused.stderr
     assert not (tmp_path / "run").exists()
-    config.write_text(config.read_text() + f"# no key\n{URL}: 1\n")
+    config.write_text(config.read_text() + f"# no key\n{url}: 1\n")
     with pytest.raises(ConfigError) as error:
-        load_config(config, [URL, f"seed={URL}"])
+        load_config(config, [url, f"seed={url}"])
     assert SECRET not in str(error.value)
 
 
-def test_credentials_in_records_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("url", [URL, SIGNED_URL])
+def test_credentials_in_records_are_refused(tmp_path: Path, url: str) -> None:
     """They would stand in KEY.json, in the ledger of the download and in three reports."""
     (tmp_path / "pictures").mkdir()
-    records = put(tmp_path / "r.jsonl", json.dumps({"latin_name": "Acer", "image_url": URL}).encode())
-    with pytest.raises(LineError, match=r"r\.jsonl: line 1: its image_url names a user or a password") as error:
+    records = put(tmp_path / "r.jsonl", json.dumps({"latin_name": "Acer", "image_url": url}).encode())
+    with pytest.raises(
+        LineError, match=r"r\.jsonl: line 1: its image_url holds a user, a password or a token"
+    ) as error:
         read_jsonl(records, tmp_path / "pictures")
     assert SECRET not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--from-tars", URL], ["--from-folder", URL], ["--from-jsonl", URL, "--image-dir", "x"]]
+    "arguments",
+    [
+        [option, url, *more]
+        for option, *more in (["--from-tars"], ["--from-folder"], ["--from-jsonl", "--image-dir", "x"])
+        for url in (URL, SIGNED_URL)
+    ],
 )
 def test_no_error_of_a_command_tells_credentials(tmp_path: Path, arguments: list[str]) -> None:
     """Whatever the message is, its URLs have lost them."""
@@ -358,7 +429,7 @@ def test_no_error_of_a_command_tells_credentials(tmp_path: Path, arguments: list
     ("text", "told"),
     [
         ("https://u:p@h/x", "https://***@h/x"),
-        ("a s3://key:se@cret@b/x?y=z@w b", "a s3://***@b/x?y=z@w b"),
+        ("a s3://key:se@cret@b/x?y=z@w b", "a s3://***@b/x?*** b"),
         ("https://token@h", "https://***@h"),
         ("https://h/x@y", "https://h/x@y"),
         ("me@example.org", "me@example.org"),
@@ -368,6 +439,40 @@ def test_what_credentials_are(text: str, told: str) -> None:
     """What stands before the @ of a URL's host; an address of mail and an @ in a path are none."""
     assert without_credentials(text) == told
     assert has_credentials(text) == (text != told)
+
+
+BEARERS = (
+    "token", "access_token", "X-Amz-Signature", "X-Amz-Credential", "X-Amz-Security-Token", "X-Goog-Signature", "sig", "key", "api_key", "apikey",
+    "AWSAccessKeyId", "Signature", "Key-Pair-Id", "Policy", "password", "client_secret", "auth", "jwt",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", ["?", "?v=1&", "#"])
+@pytest.mark.parametrize("name", BEARERS)
+def test_a_parameter_that_lets_its_bearer_in_is_a_credential(name: str, mark: str) -> None:
+    """By whatever name, and first or not; of what is shown the whole query is gone, and the sentence around it stays."""
+    url = f"https://example.org/x.tar{mark}{name}={SECRET}"
+    assert has_credentials(url)
+    for text in (f"{url}: not there", f"found '{url}', expected a path", f"({url.replace('://', ':/')})", f"a {url} b"):
+        told = without_credentials(text)
+        assert SECRET not in told
+        assert told == text.replace(text[text.index(mark[0]) + 1 : text.index(SECRET) + len(SECRET)], "***")
+
+
+@pytest.mark.parametrize("query", ["id=7&size=large", "keyword=rose", "monkey=1", "design=3", f"{SECRET}", "token="])
+def test_any_query_is_hidden_and_only_some_are_credentials(query: str) -> None:
+    """Records may have pictures at `?id=7`; a screen needs no query at all."""
+    assert not has_credentials(f"https://h/x?{query}")
+    assert without_credentials(f"https://h/x?{query}") == "https://h/x?***"
+
+
+@pytest.mark.parametrize("text", [":/" * 50_000, "://@" * 30_000, "://?" + "a=b&" * 30_000, "://?a=" + "'" * 100_000])
+def test_credentials_are_sought_in_linear_time(text: str) -> None:
+    """What a server wrote may be long."""
+    begun = time.process_time()
+    has_credentials(text)
+    without_credentials(text)
+    assert time.process_time() - begun < 2
 
 
 class Tags(HTMLParser):

@@ -12,7 +12,7 @@ from aplantida_dist.analysis.stylesheet import STYLESHEET
 from aplantida_dist.analysis.table import Table, epoch_table, run_table
 from aplantida_dist.analysis.verdict import Verdict
 from aplantida_dist.analysis.verdicts import JudgedRun, gravest
-from aplantida_dist.analysis.wording import ABSENT, count_text, loss_text, percent_text, speed_text
+from aplantida_dist.analysis.wording import ABSENT, count_text, loss_text, name_text, percent_text, speed_text
 from aplantida_dist.web_page import data_uri, heading, table, tiles, web_page
 
 
@@ -138,7 +138,7 @@ def _table(content: Table, *, kind: str) -> str:
 
 def _facts(curves: Curves) -> str:
     """Where the history lies, its digests and its config."""
-    facts = {"history": str(curves.path)}
+    facts = {"history": name_text(str(curves.path))}
     if curves.num_classes:
         facts["classes"] = f"{curves.num_classes:,} ({curves.num_classes_from})"
     if curves.rows:

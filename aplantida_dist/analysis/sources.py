@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aplantida_dist.analysis.curves import Curves, Series, SplitCurves
+from aplantida_dist.analysis.wording import name_text
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import read_json
@@ -85,6 +86,7 @@ def _names(records: Sequence[Path]) -> list[str]:
     """The shortest endings of the paths that tell the records apart; the usual file names are left out."""
     usual = {HISTORY_FILE, COLUMNS_FILE}
     parts = [r.parent.parts if r.name in usual else (*r.parent.parts, r.stem) for r in records]
+    parts = [tuple(map(name_text, part)) for part in parts]
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

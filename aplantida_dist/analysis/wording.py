@@ -37,6 +37,11 @@ def count_text(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def name_text(name: str) -> str:
+    """A name on one line as it is read: line breaks, turns of the writing's direction and bytes that are no text are escaped."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
+
+
 def list_text(words: Sequence[object], *, most: int = 6) -> str:
     """A list in a sentence, cut after `most` entries with the number of those left out."""
     shown = ", ".join(str(word) for word in words[:most])

@@ -14,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
-from aplantida_dist.data.index import REMEDY, ShardError, keys_of_index, read_index, read_key, require_within
+from aplantida_dist.data.index import (
+    REMEDY,
+    ShardError,
+    keys_of_index,
+    read_index,
+    read_key,
+    require_labels,
+    require_within,
+)
 from aplantida_dist.data.manifest import (
     MANIFEST_FILE,
     SPLITS,
@@ -52,6 +60,12 @@ class Dataset:
             raise ManifestError(
                 f"{split_dir / MANIFEST_FILE}: was built with other classes than {self.dataset_dir / CLASSES_FILE} "
                 "(their digests differ), so its labels mean something else; rebuild the dataset"
+            )
+        beyond = [label for label in manifest.class_counts if int(label) >= self.class_map.num_classes]
+        if beyond:
+            raise ManifestError(
+                f"{split_dir / MANIFEST_FILE}: counts samples of the class {beyond[0]}, "
+                f"{self.dataset_dir / CLASSES_FILE} has the classes 0 to {self.class_map.num_classes - 1}; rebuild the dataset"
             )
         if manifest.num_samples == 0 or max_samples == 0:
             raise ManifestError(
@@ -178,7 +192,9 @@ class Split:
             sha256=shard.index_sha256,
             is_foreign=shard.is_foreign,
         )
-        require_within(index, shard_bytes=shard.bytes, path=self.index_path(shard_index))
+        path = self.index_path(shard_index)
+        require_within(index, shard_bytes=shard.bytes, path=path)
+        require_labels(index, class_counts=shard.class_counts, path=path)
         if self.relabelling is not None:
             index = index.copy()  # what was read is read-only
             index["label"] = np.array(self.relabelling)[index["label"]]

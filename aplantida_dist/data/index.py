@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,28 @@ def require_within(index: NDArray[Any], *, shard_bytes: int, path: Path) -> None
                 f"{path}: row {row} puts an {what} of {int(index[length][row])} bytes at {int(index[offset][row])}, "
                 f"which its shard of {shard_bytes} bytes does not hold, or more than is read at once; {REMEDY}"
             )
+
+
+def require_labels(index: NDArray[Any], *, class_counts: Mapping[str, int], path: Path) -> None:
+    """Raise ShardError for an index whose labels are not those that the manifest counts in its shard: samples by class index.
+
+    The manifest's own lie in the class map, so that no label is one that a head has no logit for.
+    """
+    counted = {int(label): count for label, count in class_counts.items() if count}
+    labels, counts = (found.tolist() for found in np.unique(index["label"], return_counts=True))
+    found = dict(zip(labels, counts, strict=True))
+    if found == counted:
+        return
+    uncounted = [label for label in labels if label not in counted]
+    if uncounted:
+        row = int(np.flatnonzero(np.isin(index["label"], uncounted))[0])
+        raise ShardError(
+            f"{path}: row {row} has the label {int(index['label'][row])}, of which the manifest counts no sample in this shard; {REMEDY}"
+        )
+    label = next(label for label, count in counted.items() if found.get(label, 0) != count)
+    raise ShardError(
+        f"{path}: {found.get(label, 0)} rows have the label {label}, the manifest counts {counted[label]}; {REMEDY}"
+    )
 
 
 def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:

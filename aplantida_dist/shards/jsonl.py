@@ -139,7 +139,7 @@ def _read_entries(records_path: Path, image_dir: Path, tally: _Tally) -> Iterato
         split = tally.splits.split_of(line.content.get("split"), place=line.place)
         if has_credentials(_text(line, "image_url")):
             raise LineError(
-                f"{line.place}: its image_url names a user or a password, which the dataset and its reports would show; take it out"
+                f"{line.place}: its image_url holds a user, a password or a token, which the dataset and its reports would show; take it out"
             )
         places = _places_of(line)
         path = next((path for path in (f"{image_dir}/{inside}" for inside in places) if os.path.exists(path)), None)
