@@ -22,6 +22,15 @@ SAME_REQUEST_S = 2.0
 """Signals this close are one request: Slurm signals every process, and a launcher passes on to its ranks what it gets itself."""
 
 _PR_SET_PDEATHSIG = 1
+_started_by = os.getppid()
+
+
+def _note_the_parent() -> None:
+    global _started_by
+    _started_by = os.getppid()
+
+
+os.register_at_fork(after_in_child=_note_the_parent)
 
 
 class Listener:
@@ -90,9 +99,11 @@ def outlive_requests() -> None:
 
 
 def end_with_the_parent() -> None:
-    """Have the kernel end this process when its parent is gone, however that went."""
+    """Have the kernel end this process when its parent is gone, however that went; also where it is gone already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != _started_by:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_like_ctrl_c() -> None:
