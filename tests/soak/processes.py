@@ -87,8 +87,11 @@ def reap_adopted() -> None:
 
 
 def resident_mib(pid: int) -> float:
-    """The memory that a process holds, what it shares with others too, in MiB. OSError where it is gone."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES / MIB
+    """The memory that a process holds, what it shares with others too, in MiB. ProcessLookupError where it is gone."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    if pages == 0:
+        raise ProcessLookupError(f"{pid} has ended")
+    return pages * _PAGE_BYTES / MIB
 
 
 def num_descriptors(pid: int) -> int:
