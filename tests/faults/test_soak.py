@@ -14,6 +14,7 @@ import pytest
 from tests.faults.conftest import Fired
 from tests.soak.faults import KINDS, plan_faults
 from tests.soak.measuring import NUM_BLOCKS, Slope, slope_of
+from tests.soak.verdict import same_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +72,35 @@ def test_a_slope_is_found_within_its_error(per_min: float) -> None:
     assert slope.error < 0.03
     assert slope.is_flat(0.1) == (per_min < 0.1)
     assert slope_of(seconds[:NUM_BLOCKS].tolist(), values[:NUM_BLOCKS].tolist()) is None
+
+
+def write_run(run_dir: Path, losses: dict[int, float], *, config: str) -> Path:
+    """A run folder with no more than a history."""
+    run_dir.mkdir()
+    rows = [
+        {"epoch": epoch, "time_utc": config, "train": {"loss": loss}, "digests": {"config": config}}
+        for epoch, loss in losses.items()
+    ]
+    (run_dir / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_dir / "training_history.json").write_text(json.dumps({"epoch": [row["epoch"] for row in rows]}))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("losses", "holds"),
+    [
+        ({1: 3.0, 2: 2.0, 3: 1.0}, [True, True]),
+        ({1: 3.0, 2: 2.0}, [False, False]),
+        ({1: 3.0, 3: 1.0}, [False, False]),
+        ({1: 3.0, 2: 2.000000001, 3: 1.0}, [True, False]),
+    ],
+    ids=["same", "short", "gap", "another loss"],
+)
+def test_the_verdict_sees_what_differs(losses: dict[int, float], holds: list[bool], tmp_path: Path) -> None:
+    """The undisturbed run goes on for longer, under a config of another digest."""
+    whole = write_run(tmp_path / "whole", {1: 3.0, 2: 2.0, 3: 1.0, 4: 0.5}, config="more epochs")
+    run = write_run(tmp_path / "run", losses, config="three epochs")
+    assert [check.holds for check in same_rows(whole, run, epochs=3)] == holds
 
 
 def test_a_short_life_proves_nothing() -> None:
