@@ -62,8 +62,8 @@ def test_every_kind_comes_once_a_round(seed: int) -> None:
 
 @pytest.mark.parametrize("per_min", [0.0, 0.05, 2.0])
 def test_a_slope_is_found_within_its_error(per_min: float) -> None:
-    """Ten minutes, two samples a second, noise of half a MiB, and a warm-up that must not count."""
-    seconds = np.arange(0, 600, 0.5)
+    """Twenty minutes, two samples a second, noise of half a MiB, and a warm-up that must not count."""
+    seconds = np.arange(0, 1200, 0.5)
     noise = np.random.default_rng(0).normal(0, 0.5, len(seconds))
     values = 500 + per_min * seconds / 60 + noise - 50 * np.exp(-seconds / 10)
     slope = slope_of(seconds.tolist(), values.tolist())

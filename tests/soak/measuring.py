@@ -14,7 +14,7 @@ WARM_UP_SHARE = 0.25
 """The head of a process's life that is left out: caches fill, allocators grow, libraries load."""
 NUM_BLOCKS = 12
 """Samples close in time say nearly the same, so the line goes through the means of so many blocks, which are nearly independent."""
-JUDGED_FROM_S = 120.0
+JUDGED_FROM_S = 600.0
 """A shorter life is told and not judged: it is all warm-up."""
 MAX_MIB_PER_MIN = 0.1
 MAX_DESCRIPTORS_PER_MIN = 0.1
