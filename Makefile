@@ -4,15 +4,19 @@ BIN := .venv/bin
 READY := .venv/.ready
 # One thread a process: two ranks on two cores, and sums that do not depend on the machine's size.
 export OMP_NUM_THREADS ?= 1
+# Of the soak: how long, and further options, such as SOAK="--seed 7 --launcher accelerate".
+MINUTES ?= 60
+SOAK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test laws faults lint bench proof clean
+.PHONY: help demo test laws faults soak lint bench proof clean
 
 help:
 	@echo "make demo    draw pictures, build shards, train on two processes, evaluate, plot (5 minutes after the install)"
 	@echo "make test    install and run the tests"
 	@echo "make laws    the laws with every switch of the config on (a quarter of an hour)"
 	@echo "make faults  break everything on purpose and write docs/faults.md"
+	@echo "make soak    train through faults at random for an hour, or MINUTES=8, and compare with an undisturbed run"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   our speed beside our peers', in one run"
 	@echo "make proof   the chain of teachers and student, and the long tail, on drawn pictures, three seeds (an hour and more)"
@@ -36,6 +40,9 @@ laws: $(READY)
 
 faults: $(READY)
 	FAULTS_PAGE=docs/faults.md $(BIN)/python -m pytest tests/faults -m 'slow or not slow' -n auto --maxprocesses 8
+
+soak: $(READY)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(SOAK)
 
 lint: $(READY)
 	$(BIN)/ruff check .

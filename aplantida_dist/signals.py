@@ -104,7 +104,7 @@ def outlive_requests() -> None:
 
 
 def end_with_the_parent() -> None:
-    """Have the kernel end this process when its parent is gone, however that went."""
+    """Have the kernel end this process when its parent is gone, however that went. Of a parent that is gone already the kernel tells nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 

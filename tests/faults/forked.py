@@ -54,11 +54,9 @@ class ForkedRun:
                     rank.join()
                 return time.monotonic() - started_s
             time.sleep(0.02)
-        left = self.processes()
+        left = {pid: Path(f"/proc/{pid}/cmdline").read_text()[:200] for pid in self.processes()}
         self.kill()
-        raise AssertionError(
-            f"{len(left)} processes live on, or port {self.port} is held, after {limit_s} s; {self.said()}"
-        )
+        raise AssertionError(f"{left} live on, or port {self.port} is held, after {limit_s} s; {self.said()}")
 
     def said(self) -> str:
         """What all ranks printed on stderr."""
