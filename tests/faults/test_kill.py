@@ -75,7 +75,7 @@ def whole(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Comman
 
 def wait_for(moment: str, run: Run, run_dir: Path, chance: random.Random) -> None:
     """Return at a moment of its kind, as the files of the run show it; which one of many is up to chance."""
-    started_s = time.monotonic()
+    started_s, since_s = time.monotonic(), time.time()
     if moment == "start-up":
         time.sleep(chance.uniform(0.0, run.start_up_s))
         return
@@ -86,19 +86,31 @@ def wait_for(moment: str, run: Run, run_dir: Path, chance: random.Random) -> Non
     size = -1
     while run.is_alive() and time.monotonic() - started_s < 60:
         if moment == "writing a checkpoint":
-            seen = any(run_dir.glob("checkpoints/.step_*.part"))
+            seen = any(is_newer(path, since_s) for path in run_dir.glob("checkpoints/.step_*.part"))
         elif moment == "a history row":
             history = run_dir / "history.jsonl"
             now = history.stat().st_size if history.exists() else 0
             seen, size = 0 <= size < now, now
         else:
-            seen = phase_of(run_dir) == {"evaluating": "evaluating", "W&B's finish": "done", "a step": "saving"}[moment]
+            seen = (
+                is_newer(run_dir / "status.json", since_s)
+                and phase_of(run_dir)
+                == {"evaluating": "evaluating", "W&B's finish": "done", "a step": "saving"}[moment]
+            )
         if seen and skip == 0:
             # A step follows the checkpoint before it.
             time.sleep(chance.uniform(0.0, 0.2) if moment in ("a step", "W&B's finish") else 0.0)
             return
         skip -= seen
         time.sleep(0.0005)
+
+
+def is_newer(path: Path, since_s: float) -> bool:
+    """Whether a file was written since a time, and not left by a run that was killed before."""
+    try:
+        return path.stat().st_mtime > since_s
+    except FileNotFoundError:
+        return False
 
 
 def phase_of(run_dir: Path) -> str:
@@ -147,7 +159,7 @@ def kill_and_resume(command: Command, victim: Victim, *, kills: int, seed: int) 
             run = command.start()
             wait_for(moment, run, command.run_dir, chance)
             was_alive = strike(victim, run)
-            if moment == "start-up":
+            if moment in ("start-up", "any time"):
                 # Ranks that have not met know nothing of each other; their launcher does.
                 run.ask_to_stop()
             ended_s = run.wait_until_gone(GONE_WITHIN_S if was_alive else 60)
