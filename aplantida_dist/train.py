@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import os
 from contextlib import ExitStack
@@ -100,6 +101,8 @@ def _collect_only_what_follows() -> None:
     """
     gc.collect()
     gc.freeze()
+    # What is frozen at the interpreter's end is not freed, which nanobind (triton's) tells on stderr as a leak.
+    atexit.register(gc.unfreeze)
 
 
 def _finish_stopped_across_ranks(record: Record, *, world: World, listener: Listener) -> None:

@@ -123,6 +123,6 @@ def run_module(module: str, arguments: list[str], outputs: list[tuple[Path, Path
     except SystemExit as end:
         return int(end.code or 0)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        print(end="", flush=True)
+        print(end="", file=sys.stderr, flush=True)
     return 0
