@@ -140,6 +140,27 @@ def test_a_node_touches_the_shards_of_its_lanes(num_lanes: int, share: float, ra
             assert share <= len(touched) / 400 <= share + 1 / 400
 
 
+@pytest.mark.parametrize("num_lanes", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_the_plan_tells_the_shards_of_a_block(sizes: list[int], num_lanes: int) -> None:
+    """For any slots: those that their samples lie in, no others, block by block, each once and in the order of the epoch."""
+    plan = make_plan(sizes, num_lanes=num_lanes)
+    for slots in (range(12), range(3, 6), range(11, 14)):
+        read: list[set[int]] = [set() for _ in range(plan.blocks_per_epoch)]
+        lanes = {plan.lane_of(slot) for slot in slots}
+        # A block is whole only together with the other slots of its lanes.
+        for slot in (slot for slot in range(12) if plan.lane_of(slot) in lanes):
+            for step in range(plan.steps_per_epoch):
+                found = plan.micro_batch(Coordinates(1, step, slot))
+                within_lane = (step * plan.slots_per_lane + slot % plan.slots_per_lane) * plan.micro_batch_size
+                for i in np.flatnonzero(found.weights):
+                    read[(within_lane + int(i)) // plan.lane_block_samples].add(int(found.shard_indices[i]))
+        told = [plan.shards_of_block(1, block, slots=slots).tolist() for block in range(plan.blocks_per_epoch)]
+        assert [set(shards) for shards in told] == read
+        assert all(len(set(shards)) == len(shards) for shards in told)
+    assert set(plan.shards_of_block(1, 0).tolist()) == set(plan.shards_of_block(1, 0, slots=range(12)).tolist())
+
+
 def read_as_node(dataset: Path, num_lanes: int) -> tuple[list[int], int]:
     """Read an epoch as the only rank of a node; how often each sample was read, and the bytes of the shards that were opened."""
     rank, split = int(os.environ["RANK"]), open_dataset(dataset).open_split("train")

@@ -142,6 +142,26 @@ class TrainPlan:
         whole, rest = divmod(self.samples_in_step(last), self.num_lanes)
         return lane * (before_last + whole) + min(lane, rest)
 
+    @property
+    def blocks_per_epoch(self) -> int:
+        """The blocks of an epoch, which all lanes go through side by side; the first lane is the longest."""
+        return -(-self.lane_start(1) // self.lane_block_samples)
+
+    def shards_of_block(self, epoch: int, block: int, *, slots: range | None = None) -> IntArray:
+        """The shards that a block's samples lie in, each once, in their order in the epoch: int64; all of them, or those of some slots.
+
+        What a node reads is told by the slots of all its ranks. Left out is the padding of a lane that has no sample in the last
+        step: it comes from the first lane.
+        """
+        order, in_block = _shard_order(self, epoch), np.zeros(len(self.shard_sizes), dtype=np.bool_)
+        ends = np.append(order.starts[1:], self.num_samples)
+        lanes = range(self.num_lanes) if slots is None else sorted({self.lane_of(slot) for slot in slots})
+        for lane in lanes:
+            first = self.lane_start(lane) + block * self.lane_block_samples
+            end = min(first + self.lane_block_samples, self.lane_start(lane + 1))
+            in_block |= (np.maximum(order.starts, first) < np.minimum(ends, end)) & (order.starts < ends)
+        return order.permutation[in_block]
+
     def _shuffle(self, epoch: int, lane: int, positions: IntArray) -> IntArray:
         """Map positions of a lane to places in the concatenation of the permuted shards, block by block."""
         places = np.empty_like(positions)
