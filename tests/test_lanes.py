@@ -115,7 +115,7 @@ def test_golden_order() -> None:
 
 def test_what_lanes_cannot_share_is_refused(tmp_path: Path, dataset_dir: Path) -> None:
     """By the plan, and by the config in its own words; a size that is found by trying fits the lanes."""
-    with pytest.raises(PlanError, match="a step has 12 micro-batches .* which 5 lanes cannot share evenly"):
+    with pytest.raises(PlanError, match=r"a step has 12 micro-batches .* which 5 lanes cannot share evenly"):
         make_plan([40], num_lanes=5)
     config = write_config(tmp_path / "config.yaml", dataset_dir)
     command = ["--config", config, "--run-dir", tmp_path / "run", "data.lanes=3"]

@@ -118,12 +118,12 @@ class TrainPlan:
     def micro_batch(self, at: Coordinates) -> MicroBatch:
         """The samples of one slot. An empty slot repeats samples of its step with weight 0: of its lane, or of the first where that has none."""
         lane = self.lane_of(at.slot)
-        within_lane = (at.slot - lane * self.slots_per_lane) * self.micro_batch_size
-        within_lane += np.arange(self.micro_batch_size, dtype=np.int64)
+        first = (at.slot - lane * self.slots_per_lane) * self.micro_batch_size
+        within_lane = first + np.arange(self.micro_batch_size, dtype=np.int64)
         real = within_lane < self._samples_in_lane(at.step_in_epoch, lane)
         source = lane if self._samples_in_lane(at.step_in_epoch, lane) else 0
-        positions = at.step_in_epoch * self.slots_per_lane * self.micro_batch_size
-        positions += within_lane % self._samples_in_lane(at.step_in_epoch, source)
+        before = at.step_in_epoch * self.slots_per_lane * self.micro_batch_size
+        positions = before + within_lane % self._samples_in_lane(at.step_in_epoch, source)
         return _locate(self._shuffle(at.epoch, source, positions), _shard_order(self, at.epoch), real)
 
     def lane_of(self, slot: int) -> int:
