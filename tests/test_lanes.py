@@ -16,6 +16,7 @@ from aplantida_dist.data.plan import Coordinates, MicroBatch, PlanError, TrainPl
 from aplantida_dist.data.sampling import ClassSampling
 from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.shards.writer import ShardLimits
+from tests.laws import require_exact_resume, require_same_on_two_ranks, run_whole
 from tests.pictures import build, fill
 from tests.ranks import command_on_ranks, run_ranks
 from tests.runs import write_config
@@ -125,6 +126,17 @@ def test_what_lanes_cannot_share_is_refused(tmp_path: Path, dataset_dir: Path) -
     assert sizes_to_try(24, 2, num_lanes=4) == [1, 2, 3, 6]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_lanes", [2, 4])
+def test_a_training_with_lanes_is_exact_and_elastic(dataset_dir: Path, tmp_path: Path, num_lanes: int) -> None:
+    """Resumed in mid-epoch and at its ragged end bit for bit; the same samples and losses on two ranks."""
+    config, lanes = write_config(tmp_path / "config.yaml", dataset_dir, epochs=2), [f"data.lanes={num_lanes}"]
+    whole = run_whole(config, lanes)
+    for stop in (2, 4):
+        require_exact_resume(whole, config, lanes, stop=stop)
+    require_same_on_two_ranks(whole, config, lanes)
+
+
 @pytest.mark.parametrize(("num_lanes", "share"), [(1, 1.0), (4, 0.25), (16, 0.25)])
 @pytest.mark.parametrize("ranks_a_node", [1, 2, 4])
 def test_a_node_touches_the_shards_of_its_lanes(num_lanes: int, share: float, ranks_a_node: int) -> None:
@@ -162,7 +174,7 @@ def test_the_plan_tells_the_shards_of_a_block(sizes: list[int], num_lanes: int) 
 
 
 def read_as_node(dataset: Path, num_lanes: int) -> tuple[list[int], int]:
-    """Read an epoch as the only rank of a node; how often each sample was read, and the bytes of the shards that were opened."""
+    """Read an epoch as the only rank of a node; what was read, and the bytes of the shards that were opened, which the plan told."""
     rank, split = int(os.environ["RANK"]), open_dataset(dataset).open_split("train")
     plan = TrainPlan(split.shard_sizes, 0, 32, 4, 2**18, num_lanes=num_lanes)
     source = MicroBatches(split, plan, TrainTransform(16, (0.3, 1.0), (1.0, 1.0), 0.5, 0.0, "bilinear"), seed=0)
@@ -171,8 +183,13 @@ def read_as_node(dataset: Path, num_lanes: int) -> tuple[list[int], int]:
     ]
     batches = list(stream(source, coordinates, reading=Reading(0, 1, pin_memory=False)))
     identities = [int(i) for batch in batches for i in batch.identities[batch.weights > 0]]
-    opened = {os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()}  # the stream keeps shards open
-    return identities, sum(os.path.getsize(path) for path in opened if path.startswith(str(dataset.resolve())))
+    # The stream keeps shards open.
+    opened = {path.resolve() for path in Path("/proc/self/fd").iterdir()}
+    shards = {path for path in opened if path.is_relative_to(dataset.resolve())}
+    slots = plan.slots_of(rank, NUM_NODES)
+    told = {int(i) for block in range(plan.blocks_per_epoch) for i in plan.shards_of_block(0, block, slots=slots)}
+    assert shards == {split.shard_path(i).resolve() for i in told} or num_lanes == 1
+    return identities, sum(path.stat().st_size for path in shards)
 
 
 def test_four_processes_playing_nodes_read_a_quarter_each(tmp_path: Path) -> None:
