@@ -84,10 +84,8 @@ class Verdict:
     @property
     def line(self) -> str:
         """One line for the screen: the bound, the numbers behind it, and what to change."""
-        name = {"decoding": "input-bound", "disk": "disk-bound", "bursts": "input-bound"}.get(
-            self.bound_by, f"{self.bound_by}-bound"
-        )
-        return f"{name}: {self._shares}; {self._speeds}: {self._advice}"
+        name = {"decoding": "input", "bursts": "input"}.get(self.bound_by, self.bound_by)
+        return f"{name}-bound: {self._shares}; {self._speeds}: {self._advice}"
 
     @property
     def _shares(self) -> str:
@@ -98,19 +96,15 @@ class Verdict:
 
     @property
     def _speeds(self) -> str:
-        workers = f"{self.num_workers} workers" if self.num_workers > 1 else "1 worker"
-        who, s = (workers if self.num_workers else "the rank's own process"), "" if self.num_workers > 1 else "s"
-        speed = f"{self.loader_per_s:,.0f} images/s"
-        match self.bound_by:
-            case "decoding":
-                loader = f"{who} decode{s} {speed}"
-            case "disk":
-                work = self.times.work
-                mb_per_s = 1e3 * work.read_bytes / work.reading_ns * max(1, self.num_workers)
-                loader = f"{who}, reading {_percent(read_fraction(work))} of the time at {mb_per_s:,.1f} MB/s, deliver{s} {speed}"
-            case _:
-                loader = f"{who} could deliver {speed}"
-        return f"{loader}, the model takes {self.model_per_s:,.0f}/s"
+        who = _count(self.num_workers, "worker") if self.num_workers else "the rank's own process"
+        does = ("decode" if self.bound_by == "decoding" else "deliver") + ("" if self.num_workers > 1 else "s")
+        if self.bound_by == "disk":
+            work = self.times.work
+            mb_per_s = 1e3 * work.read_bytes / work.reading_ns * max(1, self.num_workers)
+            who = f"{who}, reading {_percent(read_fraction(work))} of the time at {mb_per_s:,.1f} MB/s,"
+        elif self.bound_by != "decoding":
+            does = "could deliver"
+        return f"{who} {does} {self.loader_per_s:,.0f} images/s, the model takes {self.model_per_s:,.0f}/s"
 
     @property
     def _advice(self) -> str:
@@ -136,12 +130,12 @@ class Verdict:
         if needed <= most:
             return f"raise data.num_workers to {needed}"
         smaller = "smaller pictures take less time (`shards/build.py --max-side`)"
-        cores = f"{self.machine.num_cores} core{'s' if self.machine.num_cores > 1 else ''}"
+        cores = _count(self.machine.num_cores, "core")
         if self.num_workers < most:
             return (
                 f"raise data.num_workers to {most}, for which the {cores} have room of the {needed} it takes; {smaller}"
             )
-        return f"the {cores} have no room for the {needed} workers it takes; {smaller}"
+        return f"the {cores} have no room for the {_count(needed, 'worker')} it takes; {smaller}"
 
 
 def judge(ranks: Sequence[RankTimes], *, images_per_s: float, num_workers: int, machine: Machine) -> Verdict | None:
@@ -198,6 +192,10 @@ def _bound_of(times: RankTimes, *, num_workers: int, model_per_s: float) -> Boun
 def _images_per_s(work: Work) -> float:
     """What one process makes in a second of work."""
     return 1e9 * work.num_images / work.working_ns
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def _percent(fraction: float) -> str:
