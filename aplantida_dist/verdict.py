@@ -133,9 +133,9 @@ class Verdict:
         cores = _count(self.machine.num_cores, "core")
         if self.num_workers < most:
             return (
-                f"raise data.num_workers to {most}, for which the {cores} have room of the {needed} it takes; {smaller}"
+                f"raise data.num_workers to {most} of the {needed} it takes, for which {cores} have no room; {smaller}"
             )
-        return f"the {cores} have no room for the {_count(needed, 'worker')} it takes; {smaller}"
+        return f"no room for the {_count(needed, 'worker')} it takes on {cores}; {smaller}"
 
 
 def judge(ranks: Sequence[RankTimes], *, images_per_s: float, num_workers: int, machine: Machine) -> Verdict | None:
