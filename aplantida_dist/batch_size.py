@@ -45,10 +45,10 @@ def decide_micro_batch_size_across_ranks(config: Config, *, world: World, reques
     return config.with_micro_batch_size(size)
 
 
-def sizes_to_try(global_batch_size: int, world_size: int) -> list[int]:
-    """The divisors of a step that leave every rank a micro-batch, ascending; 1 at least."""
+def sizes_to_try(global_batch_size: int, world_size: int, *, num_lanes: int = 1) -> list[int]:
+    """The divisors of a lane's share of a step that leave every rank a micro-batch, ascending; 1 at least."""
     most = max(1, global_batch_size // world_size)
-    return [size for size in range(1, most + 1) if global_batch_size % size == 0]
+    return [size for size in range(1, most + 1) if global_batch_size % (size * num_lanes) == 0]
 
 
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
@@ -97,7 +97,7 @@ def _size_of_checkpoint(request: Request) -> int | None:
 
 def _found_across_ranks(config: Config, *, world: World) -> int:
     """Collective. The largest size that fits on each rank, agreed: the smallest of them, which fits on all."""
-    sizes = sizes_to_try(config.train.global_batch_size, world.world_size)
+    sizes = sizes_to_try(config.train.global_batch_size, world.world_size, num_lanes=config.data.lanes)
     found = world.agree_across_ranks(lambda: _found_here(config, sizes, world=world))
     smallest: int = min(world.gather_across_ranks(found))
     return smallest

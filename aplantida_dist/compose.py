@@ -192,7 +192,7 @@ def _restore(checkpoint: Checkpoint, *, world: World, model: nn.Module, optimize
     running.watch = Watch(position.skipped_steps, position.nonfinite_steps, position.nonfinite_steps_of_run)
     if world.is_main:
         running.totals.merge(checkpoint.totals())
-        running.spent_ns, running.waited_ns = position.spent_ns, position.waited_ns
+        running.spent_before_ns, running.waited_before_ns = position.spent_ns, position.waited_ns
 
 
 def _changed(config: Config, ground: Ground, *, world: World) -> Changes:

@@ -150,6 +150,8 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     micro, whole = "train.micro_batch_size", "train.global_batch_size"
     if known(micro, whole) and values[micro] != "auto" and values[whole] % values[micro]:
         yield micro, f"a divisor of {whole}, {values[whole]}"
+    if known("data.lanes", micro, whole):
+        yield from _lane_relations(values["data.lanes"], values[micro], values[whole])
     for small, large, reason in _AT_MOST:
         if known(small, large) and values[small] > values[large]:
             yield small, f"at most {large}, {show(values[large])}{reason}"
@@ -187,6 +189,14 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _metric_relations(values, metric="checkpoint.best_metric", mode="checkpoint.best_mode")
     if values.get("stopping.patience_epochs") is not None:
         yield from _metric_relations(values, metric="stopping.metric", mode="stopping.mode")
+
+
+def _lane_relations(lanes: int, micro: int | str, whole: int) -> Iterator[tuple[str, str]]:
+    """Lanes share the micro-batches of a step evenly; which size `auto` will find is not known yet."""
+    num_slots = whole if micro == "auto" else whole // int(micro)
+    if num_slots % lanes:
+        of = "train.global_batch_size" if micro == "auto" else "the number of micro-batches of a step"
+        yield "data.lanes", f"a divisor of {of}, {num_slots}"
 
 
 def _metric_relations(values: Mapping[str, Any], *, metric: str, mode: str) -> Iterator[tuple[str, str]]:

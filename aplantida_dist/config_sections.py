@@ -111,6 +111,12 @@ class DataSection(Section):
     """Micro-batches that each worker keeps ready; at least 1. Changes the speed and nothing else."""
     block_samples: Count = 262144
     """Samples that are shuffled together; at least 1, and more than the split holds shuffles all of it (DESIGN §4)."""
+    lanes: Count = 1
+    """Ranges into which the shards of an epoch are cut, each the source of its own micro-batches of every step; a divisor of their number.
+
+    1 lets every node read every shard. With one lane a node, or several, a node reads only its lanes' shards, other ones in each
+    epoch: of 4 nodes with 4 lanes each reads a quarter. A step then mixes its samples from all lanes, a micro-batch from one.
+    """
     on_bad_sample: Literal["stop", "void"] = "stop"
     """What happens at a sample whose picture has changed in its shard or does not decode: stop the run, or leave the sample out.
 

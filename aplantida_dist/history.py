@@ -19,7 +19,16 @@ HISTORY_FILE = "history.jsonl"
 COLUMNS_FILE = "training_history.json"
 SCHEMA = 1
 
-TIME_FIELDS = ("time_utc", "images_per_s", "wait_fraction", "resumed")
+SPEED_FIELDS = (
+    "images_per_s",
+    "wait_fraction",
+    "host_fraction",
+    "device_fraction",
+    "read_fraction",
+    "loader_images_per_s",
+    "bound_by",
+)
+TIME_FIELDS = ("time_utc", *SPEED_FIELDS, "resumed")
 """What two equal runs may differ in: clock, speed, and what was changed on the way. Everything else in a row is reproducible."""
 
 
@@ -97,6 +106,10 @@ class EvaluationMetrics(SplitMetrics):
 class TrainMetrics(SplitMetrics):
     """The training epoch's metrics, with its speed: images a second over all ranks, share of the time spent waiting for data.
 
+    `device_fraction` is the share in which a GPU had something of the steps to do, absent on CPUs; `host_fraction` what neither
+    explains. On a GPU the three may exceed 1 together: a host may wait while the device still works. `read_fraction` is the share of
+    the loaders' own time that was reading and not decoding, and `loader_images_per_s` what all of them deliver when none pauses;
+    `bound_by` is the verdict (`verdict.py`). These are of the part of the epoch since its last resume, and absent from early histories.
     skipped_steps were left out by the fp16 scaler, whose samples count; nonfinite_steps by `train.on_nonfinite`, whose samples
     are void. Both kinds keep their place in the schedule; each is absent where there was none.
     `distinct_samples` stands where classes are sampled (data.sampling_exponent): the photographs drawn in the epoch, each counted once.
@@ -107,6 +120,11 @@ class TrainMetrics(SplitMetrics):
     distinct_samples: int | None = Field(default=None, gt=0)
     images_per_s: float = Field(ge=0.0)
     wait_fraction: float = Field(ge=0.0, le=1.0)
+    host_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
+    device_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
+    read_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
+    loader_images_per_s: float | None = Field(default=None, ge=0.0)
+    bound_by: Literal["decoding", "disk", "bursts", "host", "model"] | None = None
     skipped_steps: int | None = Field(default=None, gt=0)
     nonfinite_steps: int | None = Field(default=None, gt=0)
 
@@ -325,8 +343,10 @@ def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
     top1_labels = [row.train.top1_label for row in rows]
     if any(top1_labels):
         columns["train_top1_label"] = top1_labels
-    columns["images_per_s"] = [row.train.images_per_s for row in rows]
-    columns["wait_fraction"] = [row.train.wait_fraction for row in rows]
+    for name in SPEED_FIELDS:
+        speeds = [getattr(row.train, name) for row in rows]
+        if any(speed is not None for speed in speeds):
+            columns[name] = speeds
     return columns
 
 

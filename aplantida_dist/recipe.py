@@ -44,6 +44,7 @@ def plan_of(config: Config, split: Split) -> TrainPlan:
         micro_batch_size=decided(config.train.micro_batch_size),
         block_samples=config.data.block_samples,
         sampling=ClassSampling(split.labels, exponent, config.seed) if exponent < 1.0 else None,
+        num_lanes=config.data.lanes,
     )
 
 

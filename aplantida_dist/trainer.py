@@ -19,6 +19,8 @@ from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.sampling import IntArray
 from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
+from aplantida_dist.data.work import Work
+from aplantida_dist.device_clock import DeviceClock
 from aplantida_dist.ema import Ema
 from aplantida_dist.errors import UserError
 from aplantida_dist.evaluation import as_evaluation_metrics, as_split_metrics, evaluate_across_ranks
@@ -41,12 +43,14 @@ from aplantida_dist.nonfinite import (
 )
 from aplantida_dist.objective import Objective
 from aplantida_dist.optimizer import clip_adaptively, set_learning_rate
+from aplantida_dist.processes import usable_cores
 from aplantida_dist.record import EpochSoFar, Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.seeds import derive
 from aplantida_dist.state import take_state_across_ranks
 from aplantida_dist.stopping import Stopping, reason_to_stop
 from aplantida_dist.teachers import Teachers
+from aplantida_dist.verdict import Machine, RankTimes, judge, times_in_row
 from aplantida_dist.voiding import divide_by_the_rest_across_ranks, record_across_ranks
 from aplantida_dist.world import World, seed_device
 
@@ -101,23 +105,45 @@ class Running:
     """The epoch in progress on this rank: its totals and its clocks. What a checkpoint brought lies on the main process.
 
     done, saved_step: the completed steps of the run, and of its last checkpoint; the same on every rank.
-    bad: the samples that this rank could not deliver and that the ledger has not seen yet.
+    bad: the samples that this rank could not deliver and that the ledger has not seen yet. work: what its loaders did for the epoch,
+    since the run went on if it was resumed in the middle of it; spent_before_ns and waited_before_ns are what was before, of all ranks.
     """
 
     totals: Totals
     train_s: float = 0.0
     spent_ns: int = 0
     waited_ns: int = 0
+    spent_before_ns: int = 0
+    waited_before_ns: int = 0
     watch: Watch = field(default_factory=Watch)
     done: int = 0
     saved_step: int = 0
     bad: list[Entry] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
+    device_clock: DeviceClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device_clock = DeviceClock(self.totals.vector.device)
+
+    @property
+    def times(self) -> RankTimes:
+        """Where this rank's time went."""
+        device_ns = self.device_clock.busy_ns if self.device_clock.counts else None
+        return RankTimes(self.spent_ns, self.waited_ns, device_ns, self.work)
+
+    def spend(self, spent_ns: int) -> None:
+        """Count time as that of steps."""
+        self.spent_ns += spent_ns
+        self.train_s += spent_ns / 1e9
 
     def reset(self) -> None:
         """Begin the next epoch."""
         self.totals.reset()
         self.watch.begin_epoch()
         self.train_s, self.spent_ns, self.waited_ns = 0.0, 0, 0
+        self.spent_before_ns = self.waited_before_ns = 0
+        self.work = Work()
+        self.device_clock.reset()
 
 
 def train(job: Job, *, start_step: int, running: Running) -> None:
@@ -194,11 +220,14 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
     num_bad = 0
     job.world.watchdog.at("training", step=step)
     for slot in slots:
+        running.device_clock.end()
         asked_ns = time.perf_counter_ns()
         job.world.watchdog.note("reading a batch")
         read = next(batches)
         job.world.watchdog.note("working")
         running.waited_ns += time.perf_counter_ns() - asked_ns
+        running.device_clock.begin()
+        running.work += read.work
         batch = read.to(job.world.device)
         seed_device(job.world.device, derive(job.seed, "slot", step, slot))
         with job.world.accumulating(job.model, is_last=slot == slots[-1]):
@@ -229,9 +258,8 @@ def run_step(job: Job, batches: Iterator[Batch], running: Running, step: int) ->
         _check_gradients(job.model, step)
     _update(job, running, StepEvidence(step=step, norm=_clip(job), slots=seen), before=before)
     job.optimizer.zero_grad()
-    spent_ns = time.perf_counter_ns() - started_ns
-    running.spent_ns += spent_ns
-    running.train_s += spent_ns / 1e9
+    running.device_clock.end()
+    running.spend(time.perf_counter_ns() - started_ns)
 
 
 def _entries(bad: Iterable[BadSample], job: Job, done: int) -> list[Entry]:
@@ -329,6 +357,10 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
         expected_identities=_expected_identities(job, drawn),
     )
     speed = {"images_per_s": metrics.num_samples / so_far.train_s, "wait_fraction": so_far.waited_ns / so_far.spent_ns}
+    times = job.world.gather_across_ranks(running.times)
+    verdict = judge(
+        times, images_per_s=speed["images_per_s"], num_workers=job.reading.num_workers, machine=_machine(job.world)
+    )
     top1_label = {"top1_label": "dominant"} if job.mixing.acts_at(done - 1) else {}
     ledger = {
         "skipped_steps": so_far.skipped_steps,
@@ -343,12 +375,14 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
         step=done,
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         learning_rate=job.schedule.learning_rate(done - 1),
-        train={**block, **speed, **ledger, **top1_label},
+        train={**block, **speed, **({} if verdict is None else times_in_row(times, verdict)), **ledger, **top1_label},
         **_evaluate(job, epoch=epoch, done=done),
         digests=job.digests,
     )
     job.world.watchdog.at("saving", step=done)
     job.record.append(row)
+    if verdict is not None:
+        job.record.say(verdict.line)
     running.reset()
     _save(job, running, done)
     for name in job.metrics_to_hold:
@@ -356,6 +390,12 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
             row.require_metric(name)
         except UserError as error:
             raise job.world.told_by_main(error) from None
+
+
+def _machine(world: World) -> Machine:
+    """The machine as a rank's loaders find it. On a CPU the model computes where they do."""
+    threads = 1 if world.device.type == "cuda" else torch.get_num_threads()
+    return Machine(usable_cores(), world.num_ranks_here, threads)
 
 
 def _expected_identities(job: Job, drawn: IntArray | None) -> str:
@@ -441,11 +481,14 @@ def _save(job: Job, running: Running, done: int) -> None:
 
 def _sum_across_ranks(job: Job, running: Running) -> EpochSoFar:
     """Collective. The running epoch over all ranks. NonFiniteError or BadSampleError, on every rank, where that has to stop the run."""
+    # What the device has still to do of the steps is part of their time, and would be waited for below in any case.
+    running.spend(running.device_clock.catch_up())
     read_unread_across_ranks(running.watch, policy=job.nonfinite, world=job.world, record=job.record)
     if job.voids_bad_samples:
         record_across_ranks(running.bad, world=job.world, record=job.record)
         running.bad = []
-    clocks = torch.tensor([running.spent_ns, running.waited_ns], dtype=torch.int64, device=job.world.device)
+    spent_ns, waited_ns = running.spent_before_ns + running.spent_ns, running.waited_before_ns + running.waited_ns
+    clocks = torch.tensor([spent_ns, waited_ns], dtype=torch.int64, device=job.world.device)
     summed = job.world.sum_across_ranks(torch.cat((running.totals.vector, clocks)))
     totals: Tensor = summed[:-2]
     spent_ns, waited_ns = (int(number) for number in summed[-2:].tolist())

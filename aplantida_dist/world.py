@@ -68,6 +68,11 @@ class World:
         return int(self.accelerator.num_processes)
 
     @property
+    def num_ranks_here(self) -> int:
+        """The ranks of this node, as the launcher tells; all, where it tells nothing."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
+    @property
     def is_main(self) -> bool:
         """Rank 0: the only writer of shared files."""
         return self.rank == 0

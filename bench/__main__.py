@@ -15,6 +15,7 @@ from bench.audit import bench_audit
 from bench.build import bench_build
 from bench.finding import Finding
 from bench.index import bench_index
+from bench.lanes import bench_lanes
 from bench.loader import bench_loader
 from bench.loop import bench_loop
 from bench.memory import bench_memory
@@ -26,7 +27,7 @@ from bench.stop import bench_stop
 from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
-PARTS = ("loader", "loop", "totals", "plan", "index", "audit", "build", "report", "stop")
+PARTS = ("loader", "loop", "totals", "plan", "lanes", "index", "audit", "build", "report", "stop")
 SLOW_PARTS = ("memory", "parity")
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
@@ -65,6 +66,8 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
             return bench_audit(_pictures(options).folder, repeats=options.repeats)
         case "build":
             return bench_build(_pictures(options).folder, cache_dir=CACHE_DIR, repeats=options.repeats)
+        case "lanes":
+            return bench_lanes(repeats=options.repeats)
         case "loop":
             return bench_loop(world=_open_world(), repeats=options.repeats)
         case "memory":

@@ -33,6 +33,7 @@ def main() -> None:
         micro_batch_size=arguments.micro_batch_size,
         block_samples=arguments.block_samples,
         sampling=None if exponent == 1.0 else ClassSampling(split.labels, exponent, arguments.seed),
+        num_lanes=arguments.lanes,
     )
     keys = _Keys(split)
     for step in _steps(arguments, plan):
@@ -120,6 +121,13 @@ def _parse_arguments() -> argparse.Namespace:
         default=DataSection.model_fields["sampling_exponent"].default,
         metavar="Q",
         help="the config's data.sampling_exponent (default: the config's default, every sample once)",
+    )
+    parser.add_argument(
+        "--lanes",
+        type=count,
+        default=DataSection.model_fields["lanes"].default,
+        metavar="L",
+        help="the config's data.lanes (default: the config's default, every slot may hold samples of every shard)",
     )
     return parser.parse_args()
 

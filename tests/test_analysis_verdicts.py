@@ -314,6 +314,20 @@ def test_a_run_that_waits_for_data_is_told(tmp_path: Path, wait: float, severity
     assert (verdict and verdict.severity) == severity
 
 
+@pytest.mark.parametrize(
+    ("bound_by", "remedy"), [("decoding", "--max-side"), ("disk", "faster disk"), (None, "local disk")]
+)
+def test_what_a_run_waits_for_is_told(tmp_path: Path, bound_by: str | None, remedy: str) -> None:
+    """As its rows say; early ones do not."""
+    speed = {"train.wait_fraction": 0.6} | (
+        {"train.bound_by": bound_by, "train.read_fraction": 0.7} if bound_by else {}
+    )
+    columns = healthy_columns(epochs=5, num_classes=10)
+    verdict = judged_run(tmp_path, columns, changes=dict.fromkeys(range(2, 6), speed))["waiting for data"]
+    assert remedy in verdict.remedy
+    assert ("70.00 % of the loaders' own time was reading" in verdict.evidence) == (bound_by is not None)
+
+
 def test_other_samples_under_one_manifest_are_an_error(tmp_path: Path) -> None:
     """The identity digest moves and the manifest does not; with a new manifest it is the ground that changed."""
     other = {"val.identity_digest": "9" * 16}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from aplantida_dist.device_clock import DeviceClock
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.trainer import Running, read_ahead, run_step
 from tests.runs import compose, write_config
@@ -30,3 +32,27 @@ def test_a_step_never_waits_for_the_device(dataset_dir: Path, tmp_path: Path, pr
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert compute(running.totals.vector).num_samples == 4 * 16
+    running.device_clock.catch_up()
+    assert 0 < running.device_clock.busy_ns < 1.1 * running.spent_ns
+
+
+def test_the_clock_of_a_device_counts_what_it_has_to_do() -> None:
+    """Its stretches are as long as the work queued within them, also where the host was long gone; pauses do not count."""
+    clock, device = DeviceClock(torch.device("cuda")), torch.device("cuda", 0)
+    matrix = torch.randn(4096, 4096, device=device)
+    matrix @ matrix
+    torch.cuda.synchronize()
+    started_s = time.perf_counter()
+    for _ in range(20):
+        clock.begin()
+        matrix @ matrix
+        clock.end()
+    worked_ns = clock.catch_up()
+    spent_ns = 1e9 * (time.perf_counter() - started_s)
+    assert 0.5 * worked_ns < clock.busy_ns < 1.1 * spent_ns
+    time.sleep(0.2)
+    clock.begin()
+    matrix @ matrix
+    clock.end()
+    clock.catch_up()
+    assert clock.busy_ns < 1.2 * spent_ns

@@ -11,6 +11,7 @@ import pytest
 from aplantida_dist.history import (
     COLUMNS_FILE,
     HISTORY_FILE,
+    SPEED_FIELDS,
     History,
     HistoryError,
     make_row,
@@ -138,7 +139,22 @@ def test_rows_beyond_the_checkpoint_are_cut_back_and_kept_aside(tmp_path: Path) 
 def test_equal_runs_differ_in_clock_and_speed_alone() -> None:
     """`without_time` leaves everything else."""
     one = make_row(**values()).to_json()
-    other = make_row(**{**with_train(images_per_s=5.0, wait_fraction=0.9), "time_utc": "later"}).to_json()
+    speed = dict.fromkeys(SPEED_FIELDS, 0.5) | {"bound_by": "disk"}
+    other = make_row(**{**with_train(**speed), "time_utc": "later"}).to_json()
+    assert speed.items() <= other["train"].items()
     assert one != other
     assert without_time(one) == without_time(other)
     assert without_time(one)["train"]["loss"] == 2.5
+
+
+def test_rows_of_an_early_version_hold_less_of_the_speed(tmp_path: Path) -> None:
+    """They are read beside new ones, and a column is empty where a row says nothing."""
+    history = History(tmp_path)
+    history.append(make_row(**values(1)))
+    assert "bound_by" not in json.loads((tmp_path / COLUMNS_FILE).read_text())
+    told = values(2)
+    history.append(make_row(**{**told, "train": {**told["train"], "bound_by": "model", "host_fraction": 0.9}}))
+    columns = json.loads((tmp_path / COLUMNS_FILE).read_text())
+    assert (columns["bound_by"], columns["host_fraction"]) == ([None, "model"], [None, 0.9])
+    assert columns["wait_fraction"] == [0.1, 0.1]
+    assert "device_fraction" not in columns

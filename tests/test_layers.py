@@ -28,8 +28,10 @@ LAYERS = [
         "beat",
         "board",
         "processes",
+        "device_clock",
+        "data.work",
     ],
-    ["watchdog"],
+    ["watchdog", "verdict"],
     ["files", "lock", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
     ["strict_yaml", "config_sections", "interruption", "seal"],
     [
@@ -139,6 +141,7 @@ def test_the_houses_beside_know_only_the_ground_floors(house: str) -> None:
     ground = {name for names in LAYERS[:5] for name in names} - {
         "world",
         "watchdog",
+        "device_clock",
         "beat",
         "board",
         "loss",

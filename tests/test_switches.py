@@ -94,6 +94,7 @@ KEYS: dict[str, Acts | Shown] = {
     "data.num_workers": nothing("data.num_workers=2"),
     "data.prefetch_micro_batches": nothing("data.prefetch_micro_batches=1", beside=["data.num_workers=1"]),
     "data.block_samples": pictures("data.block_samples=7"),
+    "data.lanes": pictures("data.lanes=2"),
     "data.on_bad_sample": Shown("faults/test_bad_samples.py::test_a_bad_picture_is_void_and_the_rest_is_exact"),
     "data.bad_sample_budget": Shown("faults/test_bad_samples.py::test_beyond_the_budget_the_run_stops_and_may_go_on"),
     "model.name": start("model.name=test_convnext2"),

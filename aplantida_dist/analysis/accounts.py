@@ -111,6 +111,13 @@ def changed_ground(curves: Curves) -> Verdict | None:
     )
 
 
+_REMEDIES = {
+    "decoding": "Use more loader workers where cores are free, or smaller pictures (`shards/build.py --max-side`).",
+    "disk": "Put the shards on a faster disk, or set data.cache_dir to a folder on one.",
+    "bursts": "The loaders are fast enough and late all the same: raise data.prefetch_micro_batches.",
+}
+
+
 def input_bound(curves: Curves) -> Verdict | None:
     """A large part of the time spent waiting for data. The first epoch is left out where there are others: caches fill."""
     waits = list(finite(curves.wait_fraction).values())
@@ -119,12 +126,17 @@ def input_bound(curves: Curves) -> Verdict | None:
     share = median(waits[1:] or waits)
     if share < WAITING:
         return None
+    told = [row.train for row in curves.rows if row.train.bound_by in _REMEDIES]
+    last = told[-1] if told else None
+    reading = f", {percent_text(last.read_fraction)} of the loaders' own time was reading" if last else ""
     return Verdict(
         "warning" if share >= STARVING else "note",
         "waiting for data",
-        f"{percent_text(share)} of the time was spent waiting for the next batch (median over the epochs).",
+        f"{percent_text(share)} of the time was spent waiting for the next batch (median over the epochs){reading}.",
         "The loader sets the pace and the device idles; a faster device would not help.",
-        "Use more loader workers, shards on a local disk, or smaller pictures.",
+        _REMEDIES[last.bound_by]
+        if last and last.bound_by
+        else "Use more loader workers, shards on a local disk, or smaller pictures.",
     )
 
 

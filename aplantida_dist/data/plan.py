@@ -1,4 +1,4 @@
-"""The plan: which samples form which slot of which step, a pure function of (manifest, seed, epoch, batch sizes) alone."""
+"""The plan: which samples form which slot of which step, a pure function of (manifest, seed, epoch, batch sizes, lanes) alone."""
 
 from __future__ import annotations
 
@@ -53,9 +53,13 @@ class TrainPlan:
     """The shuffled order of training.
 
     In an epoch every sample stands in exactly one slot with weight 1; where there is a `sampling`, as often as its draw says.
-    Shards are permuted by a key of (seed, epoch); their concatenation is cut into blocks of `block_samples`, each permuted by
-    its own key. A step is `global_batch_size` samples in `slots_per_step` slots of `micro_batch_size`; the last step of an
-    epoch may hold fewer. Nothing here knows of ranks but `slots_of`.
+    Shards are permuted by a key of (seed, epoch); their concatenation is cut into `num_lanes` lanes, and the lanes, side by side,
+    into blocks, each permuted by its own key, so that `block_samples` of all lanes together are shuffled at a time. A step is
+    `global_batch_size` samples in `slots_per_step` slots of `micro_batch_size`; the last step of an epoch may hold fewer. Nothing
+    here knows of ranks but `slots_of`.
+
+    A lane fills its own slots, equally many and next to each other in every step, so ranks whose slots are those of some lanes
+    read the shards of these alone. Lanes are cut between samples: they hold equally many, to one, and end in the same step.
 
     shard_sizes: int64 [shards], the samples of each shard in the manifest's order; zeros are allowed.
     """
@@ -66,6 +70,7 @@ class TrainPlan:
     micro_batch_size: int
     block_samples: int
     sampling: ClassSampling | None = None
+    num_lanes: int = 1
 
     def __post_init__(self) -> None:
         if self.num_samples == 0:
@@ -75,6 +80,11 @@ class TrainPlan:
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; "
                 "choose one that is"
             )
+        if self.slots_per_step % self.num_lanes:
+            raise PlanError(
+                f"a step has {self.slots_per_step} micro-batches (global_batch_size / micro_batch_size), which {self.num_lanes} lanes "
+                "cannot share evenly; choose lanes that divide them"
+            )
 
     @cached_property
     def num_samples(self) -> int:
@@ -83,6 +93,14 @@ class TrainPlan:
     @property
     def slots_per_step(self) -> int:
         return self.global_batch_size // self.micro_batch_size
+
+    @property
+    def slots_per_lane(self) -> int:
+        return self.slots_per_step // self.num_lanes
+
+    @property
+    def lane_block_samples(self) -> int:
+        return -(-self.block_samples // self.num_lanes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,22 +116,61 @@ class TrainPlan:
         return range(rank * slots_per_rank, (rank + 1) * slots_per_rank)
 
     def micro_batch(self, at: Coordinates) -> MicroBatch:
-        """The samples of one slot. An empty slot repeats samples of its step with weight 0."""
-        num_real = self.samples_in_step(at.step_in_epoch)
-        within_step = at.slot * self.micro_batch_size + np.arange(self.micro_batch_size, dtype=np.int64)
-        positions = at.step_in_epoch * self.global_batch_size + within_step % num_real
-        order = _shard_order(self, at.epoch)
-        return _locate(self._shuffle(at.epoch, positions), order, within_step < num_real)
+        """The samples of one slot. An empty slot repeats samples of its step with weight 0: of its lane, or of the first where that has none."""
+        lane = self.lane_of(at.slot)
+        first = (at.slot - lane * self.slots_per_lane) * self.micro_batch_size
+        within_lane = first + np.arange(self.micro_batch_size, dtype=np.int64)
+        real = within_lane < self._samples_in_lane(at.step_in_epoch, lane)
+        source = lane if self._samples_in_lane(at.step_in_epoch, lane) else 0
+        before = at.step_in_epoch * self.slots_per_lane * self.micro_batch_size
+        positions = before + within_lane % self._samples_in_lane(at.step_in_epoch, source)
+        return _locate(self._shuffle(at.epoch, source, positions), _shard_order(self, at.epoch), real)
 
-    def _shuffle(self, epoch: int, positions: IntArray) -> IntArray:
-        """Map positions of the epoch to places in the concatenation of the permuted shards, block by block."""
+    def lane_of(self, slot: int) -> int:
+        """The lane whose samples a slot holds; slots past `slots_per_step` are padded from the last."""
+        return min(slot // self.slots_per_lane, self.num_lanes - 1)
+
+    def _samples_in_lane(self, step_in_epoch: int, lane: int) -> int:
+        """The samples of a step that a lane gives; the lanes share a step that is not whole evenly, the first ones a sample more."""
+        whole, rest = divmod(self.samples_in_step(step_in_epoch), self.num_lanes)
+        return whole + (lane < rest)
+
+    def lane_start(self, lane: int) -> int:
+        """Where a lane begins in the concatenation of the permuted shards; the number of lanes stands for the end of the last."""
+        last = self.steps_per_epoch - 1
+        before_last = last * self.slots_per_lane * self.micro_batch_size
+        whole, rest = divmod(self.samples_in_step(last), self.num_lanes)
+        return lane * (before_last + whole) + min(lane, rest)
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        """The blocks of an epoch, which all lanes go through side by side; the first lane is the longest."""
+        return -(-self.lane_start(1) // self.lane_block_samples)
+
+    def shards_of_block(self, epoch: int, block: int, *, slots: range | None = None) -> IntArray:
+        """The shards that a block's samples lie in, each once, in their order in the epoch: int64; all of them, or those of some slots.
+
+        What a node reads is told by the slots of all its ranks. Left out is the padding of a lane that has no sample in the last
+        step: it comes from the first lane.
+        """
+        order, in_block = _shard_order(self, epoch), np.zeros(len(self.shard_sizes), dtype=np.bool_)
+        ends = np.append(order.starts[1:], self.num_samples)
+        lanes = range(self.num_lanes) if slots is None else sorted({self.lane_of(slot) for slot in slots})
+        for lane in lanes:
+            first = self.lane_start(lane) + block * self.lane_block_samples
+            end = min(first + self.lane_block_samples, self.lane_start(lane + 1))
+            in_block |= (np.maximum(order.starts, first) < np.minimum(ends, end)) & (order.starts < ends)
+        return order.permutation[in_block]
+
+    def _shuffle(self, epoch: int, lane: int, positions: IntArray) -> IntArray:
+        """Map positions of a lane to places in the concatenation of the permuted shards, block by block."""
         places = np.empty_like(positions)
-        blocks = positions // self.block_samples
+        blocks = positions // self.lane_block_samples
         for block in np.unique(blocks):
-            start = int(block) * self.block_samples
-            permutation = _block_permutation(self, epoch, int(block))
+            start = int(block) * self.lane_block_samples
+            permutation = _block_permutations(self, epoch, int(block))[lane]
             here = blocks == block
-            places[here] = start + permutation[positions[here] - start]
+            places[here] = self.lane_start(lane) + start + permutation[positions[here] - start]
         return places
 
 
@@ -217,6 +274,13 @@ def _shard_order(plan: TrainPlan, epoch: int) -> ShardOrder:
 
 
 @lru_cache(maxsize=4)
-def _block_permutation(plan: TrainPlan, epoch: int, block: int) -> IntArray:
-    length = min(plan.block_samples, plan.num_samples - block * plan.block_samples)
-    return _keyed_permutation(length, derive(plan.seed, "block", epoch, block))
+def _block_permutations(plan: TrainPlan, epoch: int, block: int) -> tuple[IntArray, ...]:
+    """One for each lane: they go through their blocks side by side."""
+    start, size = block * plan.lane_block_samples, plan.lane_block_samples
+    return tuple(
+        _keyed_permutation(
+            max(0, min(size, plan.lane_start(lane + 1) - plan.lane_start(lane) - start)),
+            derive(plan.seed, "block", epoch, block * plan.num_lanes + lane),
+        )
+        for lane in range(plan.num_lanes)
+    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from aplantida_dist.data.images import Transform
 from aplantida_dist.data.index import ChangedMemberError, ShardError, read_member, read_metadata
 from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
+from aplantida_dist.data.work import Work
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 from aplantida_dist.signals import held_back, outlive_requests
@@ -42,7 +44,7 @@ class Batch:
 
     Padding has weight 0, and so have the samples of `bad`: their identities are their own, picture and label those of the first good
     sample of the micro-batch (so that BatchNorm and mixing see nothing strange), or grey. `metadata` is what KEY.json holds, where
-    it was asked for. `failure` is the text of an error that a worker met; such a batch never leaves the stream.
+    it was asked for. `work` is what it took to make it. `failure` is the text of an error that a worker met; such a batch never leaves the stream.
     """
 
     at: Coordinates
@@ -53,6 +55,7 @@ class Batch:
     sample_keys: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...] = ()
     bad: tuple[BadSample, ...] = ()
+    work: Work = field(default_factory=Work)
     failure: str | None = None
 
     @property
@@ -111,6 +114,7 @@ class MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, at: Coordinates) -> Batch:
         """Read a micro-batch. An error that a user can mend comes as `failure`: raised here it would be a worker's traceback."""
+        started_ns = time.perf_counter_ns()
         micro_batch = self.plan.micro_batch(at)
         places = list(zip(micro_batch.shard_indices.tolist(), micro_batch.member_indices.tolist(), strict=True))
         side = self.transform.image_size
@@ -127,6 +131,7 @@ class MicroBatches(Dataset[Batch]):
         weights = torch.from_numpy(micro_batch.weights)
         bad = self._bad_among(samples, weights, slot=at.slot)
         _stand_in(samples, pixels, labels, weights)
+        reading_ns, read_bytes = sum(sample.reading_ns for sample in samples), sum(s.num_bytes for s in samples)
         return Batch(
             at=at,
             images=pixels.permute(0, 3, 1, 2),
@@ -136,16 +141,19 @@ class MicroBatches(Dataset[Batch]):
             sample_keys=tuple(sample.key for sample in samples),
             metadata=tuple(sample.metadata for sample in samples) if self.with_metadata else (),
             bad=bad,
+            work=Work(len(samples), time.perf_counter_ns() - started_ns, reading_ns, read_bytes),
             failure=failure,
         )
 
     def _read(self, shard_index: int, member_index: int, augment_seed: int, *, into: Tensor) -> _Sample:
         """Read, check, decode and augment one sample into its place (uint8 [h, w, 3]). Raises ShardError."""
+        started_ns, reading_ns = time.perf_counter_ns(), 0
         shard = self._shard(shard_index)
         entry = shard.index[member_index]
         offset, fault = int(entry["offset"]), ""
         try:
             member = read_member(shard.descriptor, entry, shard_path=shard.path)
+            reading_ns = time.perf_counter_ns() - started_ns
             sample_key = member.sample_key
             into.numpy()[:] = self.transform(member.content, augment_seed)
         except ChangedMemberError as error:
@@ -160,7 +168,8 @@ class MicroBatches(Dataset[Batch]):
             fault = str(error)
         has_metadata = self.with_metadata and not fault
         metadata = read_metadata(shard.descriptor, shard.index, member_index) if has_metadata else {}
-        return _Sample(sample_key, int(entry["label"]), metadata, shard.path.name, offset, fault)
+        label, num_bytes = int(entry["label"]), int(entry["length"])
+        return _Sample(sample_key, label, metadata, shard.path.name, offset, fault, reading_ns, num_bytes)
 
     def _bad_among(self, samples: Sequence[_Sample], weights: Tensor, *, slot: int) -> tuple[BadSample, ...]:
         """The bad ones that are no padding."""
@@ -192,7 +201,7 @@ class MicroBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class _Sample:
-    """What a sample is besides its pixels; `fault` says why it has none, and is empty where it has."""
+    """What a sample is besides its pixels, and what it took to read; `fault` says why it has none, and is empty where it has."""
 
     key: str
     label: int
@@ -200,6 +209,8 @@ class _Sample:
     shard: str
     offset: int
     fault: str
+    reading_ns: int
+    num_bytes: int
 
 
 class _OpenShard:
