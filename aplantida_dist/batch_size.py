@@ -109,7 +109,7 @@ def _found_here(config: Config, sizes: Sequence[int], *, world: World) -> int:
             f"train.micro_batch_size auto: finds what fits into a GPU, this process runs on {world.device.type}; write a "
             f"number, a divisor of {config.train.global_batch_size} such as {sizes[len(sizes) // 2]}"
         )
-    num_classes = open_dataset(Path(config.data.dataset)).class_map.num_classes
+    num_classes = dataset_of(config).class_map.num_classes
     return largest_that_fits(
         sizes,
         lambda size: fits_in_memory(size, make_trial=lambda: Trial(config, num_classes=num_classes, world=world)),

@@ -10,7 +10,8 @@ import socket
 import tempfile
 import threading
 import time
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,6 +103,49 @@ def take_lock(path: Path, *, doing: str, remedy: str) -> Lock:
         except BaseException:
             _close(descriptor)
             raise
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Hold a lock among threads and processes of this machine alone, waiting for it; the file goes with it. OSError on a disk without locks.
+
+    The system lets go of it when the process ends, however it ends.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        _HELD.add(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_still(path, descriptor):
+                continue
+            yield
+            return
+        finally:
+            # A child that was forked between the two lines above shares the lock: unlocking lets go for both.
+            if descriptor in _HELD:
+                if _is_still(path, descriptor):
+                    path.unlink()
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+                _close(descriptor)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether somebody holds a lock that is held `in_turn`; the file of one that nobody holds is removed."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        if _is_still(path, descriptor):
+            path.unlink()
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def this_process() -> Holder:

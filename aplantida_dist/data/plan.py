@@ -105,6 +105,17 @@ class TrainPlan:
         order = _shard_order(self, at.epoch)
         return _locate(self._shuffle(at.epoch, positions), order, within_step < num_real)
 
+    @property
+    def blocks_per_epoch(self) -> int:
+        return -(-self.num_samples // self.block_samples)
+
+    def shards_of_block(self, epoch: int, block: int) -> IntArray:
+        """The shards that the samples of a block lie in, each once, in their order in the epoch."""
+        order, first = _shard_order(self, epoch), block * self.block_samples
+        ends = np.append(order.starts[1:], self.num_samples)
+        is_in = (order.starts < first + self.block_samples) & (ends > first) & (ends > order.starts)
+        return order.permutation[is_in]
+
     def _shuffle(self, epoch: int, positions: IntArray) -> IntArray:
         """Map positions of the epoch to places in the concatenation of the permuted shards, block by block."""
         places = np.empty_like(positions)

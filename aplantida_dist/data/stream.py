@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import tee
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from aplantida_dist.data.address import Place
+from aplantida_dist.data.ahead import Ahead
 from aplantida_dist.data.bad_sample import BadSample
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.decode import DecodeError
 from aplantida_dist.data.images import Transform
-from aplantida_dist.data.index import ChangedMemberError, ShardError, read_member, read_metadata
+from aplantida_dist.data.index import ChangedMemberError, Member, ShardError, read_member, read_metadata
 from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
 from aplantida_dist.errors import UserError
@@ -108,6 +111,7 @@ class MicroBatches(Dataset[Batch]):
         self.transform = transform
         self.seed = seed
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._brought_again: set[int] = set()
 
     def __getitem__(self, at: Coordinates) -> Batch:
         """Read a micro-batch. An error that a user can mend comes as `failure`: raised here it would be a worker's traceback."""
@@ -145,7 +149,7 @@ class MicroBatches(Dataset[Batch]):
         entry = shard.index[member_index]
         offset, fault = int(entry["offset"]), ""
         try:
-            member = read_member(shard.descriptor, entry, shard_path=shard.path)
+            member = self._member(shard_index, member_index)
             sample_key = member.sample_key
             into.numpy()[:] = self.transform(member.content, augment_seed)
         except ChangedMemberError as error:
@@ -161,6 +165,20 @@ class MicroBatches(Dataset[Batch]):
         has_metadata = self.with_metadata and not fault
         metadata = read_metadata(shard.descriptor, shard.index, member_index) if has_metadata else {}
         return _Sample(sample_key, int(entry["label"]), metadata, shard.path.name, offset, fault)
+
+    def _member(self, shard_index: int, member_index: int) -> Member:
+        """Read a sample; where a cached shard does not give it, the shard is brought once more. Raises ShardError."""
+        shard = self._shard(shard_index)
+        try:
+            return read_member(shard.descriptor, shard.index[member_index], shard_path=shard.path)
+        except ShardError:
+            if self.split.cache is None or shard_index in self._brought_again:
+                raise
+        self._brought_again.add(shard_index)
+        self.split.cache.discard(self.split.tar_item(shard_index), shard.descriptor)
+        self._open_shards.pop(shard_index).close()
+        shard = self._shard(shard_index)
+        return read_member(shard.descriptor, shard.index[member_index], shard_path=shard.path)
 
     def _bad_among(self, samples: Sequence[_Sample], weights: Tensor, *, slot: int) -> tuple[BadSample, ...]:
         """The bad ones that are no padding."""
@@ -184,10 +202,18 @@ class MicroBatches(Dataset[Batch]):
         if shard_index in self._open_shards:
             self._open_shards.move_to_end(shard_index)
         else:
+            if self.split.cache is not None:
+                self._close_evicted()
             self._open_shards[shard_index] = _OpenShard(self.split, shard_index)
             if len(self._open_shards) > MAX_OPEN_SHARDS:
                 self._open_shards.popitem(last=False)[1].close()
         return self._open_shards[shard_index]
+
+
+    def _close_evicted(self) -> None:
+        """Close the shards that a cache has removed since: what is open takes room on the disk."""
+        for shard_index in [index for index, shard in self._open_shards.items() if shard.is_removed]:
+            self._open_shards.pop(shard_index).close()
 
 
 @dataclass(frozen=True)
@@ -206,9 +232,14 @@ class _OpenShard:
     """A shard's descriptor and its index."""
 
     def __init__(self, split: Split, shard_index: int) -> None:
-        self.path = split.shard_path(shard_index)
+        self.path: Place = split.shard_place(shard_index)
         self.index: NDArray[Any] = split.read_index(shard_index)
         self.descriptor = split.open_shard(shard_index)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file has no name any more."""
+        return os.fstat(self.descriptor).st_nlink == 0
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -232,6 +263,11 @@ def stream(micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, r
 
     What is yielded does not depend on `reading`. Raises StreamError for the first sample that cannot be delivered.
     """
+    split, ahead = micro_batches.split, None
+    if split.cache is not None:
+        coordinates, walked = tee(coordinates)
+        ahead = Ahead(split, micro_batches.plan, walked, cache=split.cache)
+        ahead.look(0)
     loader = DataLoader(
         micro_batches,
         sampler=coordinates,
@@ -245,10 +281,16 @@ def stream(micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, r
     )
     with held_back():
         batches = iter(loader)
-    for batch in batches:
-        if batch.failure is not None:
-            raise StreamError(batch.failure)
-        yield batch
+    try:
+        for num_received, batch in enumerate(batches, start=1):
+            if batch.failure is not None:
+                raise StreamError(batch.failure)
+            if ahead is not None:
+                ahead.look(num_received)
+            yield batch
+    finally:
+        if ahead is not None:
+            ahead.close()
 
 
 def _as_it_is(batch: Any) -> Any:
