@@ -211,7 +211,10 @@ def _place_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield dataset, f"a path, or an address of {', '.join(SCHEMES)}"
         return
     if is_address and cache_dir in values and values[cache_dir] is None:
-        yield cache_dir, f"a folder on this machine's own disk where {dataset} is an address: shards are read from there"
+        yield (
+            cache_dir,
+            f"a folder on this machine's own disk where {dataset} is an address: shards are read from there",
+        )
 
 
 def _sampling_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -11,8 +11,8 @@ from torch import nn
 from aplantida_dist.ancestor import open_ancestor
 from aplantida_dist.checkpoint import Checkpoint, Weights, load_model_state
 from aplantida_dist.config import Config
-from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.ahead import require_room_for_blocks
+from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.plan import TrainPlan
 from aplantida_dist.execution import synchronize_batchnorm

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from aplantida_dist.config import Config
-from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.address import place_of
 from aplantida_dist.data.cache import Cache
+from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.dataset import Dataset, Split, open_dataset
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import TrainPlan

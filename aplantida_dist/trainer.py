@@ -167,7 +167,8 @@ def read_ahead(job: Job, start_step: int) -> Iterator[Batch]:
     micro_batches = MicroBatches(
         job.train_split, job.plan, job.train_transform, seed=job.seed, voids_bad_samples=job.voids_bad_samples
     )
-    return stream(micro_batches, _coordinates(job, start_step), reading=job.reading)
+    num_epochs = -(-job.schedule.total_steps // job.plan.steps_per_epoch)
+    return stream(micro_batches, _coordinates(job, start_step), reading=job.reading, num_epochs=num_epochs)
 
 
 def _coordinates(job: Job, start_step: int) -> Iterator[Coordinates]:

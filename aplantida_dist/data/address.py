@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import math
 import re
 import shutil
 import time
@@ -16,8 +18,8 @@ import fsspec
 from aplantida_dist.credentials import without_credentials
 from aplantida_dist.errors import UserError
 
-SCHEMES = {"s3": "s3", "gs": "gs", "http": "http", "https": "http"}
-"""The schemes of an address, and the extra of this package that installs what reads it."""
+SCHEMES = ("s3", "gs", "http", "https")
+"""The schemes of an address; the extra [remote] of this package installs what reads them."""
 CONNECT_S = 10.0
 SILENT_S = 30.0
 """A server that sends nothing for so long is given up, and asked again."""
@@ -35,7 +37,9 @@ class AddressError(UserError):
 
 
 class TransferError(UserError):
-    """A file did not come as it should; another try may bring it."""
+    """A file did not come as it should; another try may bring it, `most_tries` of them at most."""
+
+    most_tries = math.inf
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,8 @@ class Address:
         except (UserError, FileNotFoundError):
             raise
         except ImportError as error:
-            extra = SCHEMES[self.scheme]
             raise AddressError(
-                f"{self}: {self.scheme}:// cannot be read here ({error}); run `pip install 'aplantida-dist[{extra}]'`"
+                f"{self}: {self.scheme}:// cannot be read here ({_cause(error)}); run `pip install '.[remote]'`"
             ) from error
         except PermissionError as error:
             raise AddressError(
@@ -143,19 +146,18 @@ def copy(place: Place, path: Path, *, most_bytes: int) -> None:
 
 
 def persist(act: Callable[[], Value], *, patience_s: float) -> Value:
-    """Do something until it brings no TransferError, with pauses that double; AddressError when it has failed for `patience_s`."""
-    pause_s, begun_s, tries = _FIRST_PAUSE_S, None, 0
-    while True:
+    """Do something until it brings no TransferError, with pauses that double; AddressError once `patience_s` are over, or its tries."""
+    pause_s, begun_s = _FIRST_PAUSE_S, time.monotonic()
+    for tries in itertools.count(1):
         try:
             return act()
         except TransferError as error:
-            tries += 1
-            now_s = time.monotonic()
-            begun_s = now_s if begun_s is None else begun_s
-            if now_s + pause_s - begun_s > patience_s:
-                raise AddressError(f"{error} (tried {tries} times in {now_s - begun_s:.0f} s)") from error
+            tried_s = time.monotonic() - begun_s
+            if tries >= error.most_tries or tried_s + pause_s > patience_s:
+                raise AddressError(f"{error} (tried {tries} times in {tried_s:.1f} s)") from error
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    raise AssertionError("counting has no end")
 
 
 class _Bound(fsspec.callbacks.Callback):  # type: ignore[misc]

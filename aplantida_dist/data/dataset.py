@@ -28,6 +28,8 @@ from aplantida_dist.data.index import (
     require_within,
 )
 from aplantida_dist.data.manifest import (
+    IDENTITIES_FILE,
+    IDENTITY_DTYPE,
     MANIFEST_FILE,
     SPLITS,
     Manifest,
@@ -78,7 +80,9 @@ class Dataset:
             )
         split = Split(split_dir, manifest, max_samples, cache=self.cache)
         if isinstance(split_dir, Path):
-            split.require_shards()  # elsewhere that would be 100,000 requests: there they are looked at as they come
+            split.require_shards(
+                split_dir
+            )  # elsewhere that would be 100,000 requests: there they are looked at as they come
         return split
 
 
@@ -153,18 +157,24 @@ class Split:
     def identities(self) -> IntArray:
         """int64 [num_samples], who the samples are, in the stored order, from the keys in the tar headers.
 
-        Of a cached split they are put down in the cache, since to find them every shard has to come. Raises ShardError where
-        they are not those of the manifest.
+        Of a cached split they come from the file beside the manifest: to read the keys every shard would have to come. Raises
+        ShardError where they are not those of the manifest.
         """
-        if self.cache is None:
-            return self._read_identities()
-        name = f"{self.digest.replace(':', '_')}.identities"
-        known = np.frombuffer(self.cache.recall(name) or b"", dtype="<i8").astype(np.int64)
-        if len(known) == self.num_samples and (self.is_limited or _digest_of(known) == self.manifest.identity_digest):
-            return known
-        identities = self._read_identities()
-        self.cache.put_down(name, identities.astype("<i8").tobytes())
-        return identities
+        return self._read_identities() if self.cache is None else self._load_identities()
+
+    def _load_identities(self) -> IntArray:
+        path = self.split_dir / IDENTITIES_FILE
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ShardError(
+                f"{path}: cannot be read: {error.strerror or 'it is not there'}; without it every shard would have to come before training "
+                "begins: build the dataset again, as those of earlier versions have none"
+            ) from error
+        identities = np.frombuffer(content[: len(content) // 8 * 8], dtype=IDENTITY_DTYPE).astype(np.int64)
+        if len(content) != 8 * self.manifest.num_samples or _digest_of(identities) != self.manifest.identity_digest:
+            raise ShardError(f"{path}: does not hold the identities that the manifest sums up; {REMEDY}")
+        return identities[: self.num_samples]
 
     def _read_identities(self) -> IntArray:
         with ThreadPoolExecutor(KEY_READERS) as readers:
@@ -211,10 +221,10 @@ class Split:
         assert isinstance(place, Path)  # `open_dataset` gives an address a cache
         return place
 
-    def require_shards(self) -> None:
+    def require_shards(self, split_dir: Path) -> None:
         """Raise ShardError for the first shard that is absent or not as long as the manifest says."""
-        for shard_index, shard in enumerate(self.manifest.shards):
-            path = self.shard_path(shard_index)
+        for shard in self.manifest.shards:
+            path = shard.tar_path(split_dir)
             try:
                 found_bytes = path.stat().st_size
             except OSError as error:
@@ -249,7 +259,7 @@ class Split:
         try:
             if self.cache is not None:
                 return self.cache.open(self.tar_item(shard_index))
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(self.shard_path(shard_index), os.O_RDONLY)
         except OSError as error:
             raise ShardError(
                 f"{path}: the shard cannot be opened: {error.strerror}; rebuild or copy the dataset again"
@@ -284,7 +294,7 @@ def open_dataset(dataset_dir: Place, *, cache: Cache | None = None) -> Dataset:
     """Open a dataset by its class map; the error says where there is none. What lies at an address is read by way of a cache alone."""
     if cache is None and isinstance(dataset_dir, Address):
         raise AddressError(
-            f"{dataset_dir}: is read by way of a cache; name a folder on this machine's own disk for it (data.cache_dir, --cache-dir)"
+            f"{dataset_dir}: is read by way of a cache; name a folder on this machine's own disk for it: data.cache_dir"
         )
     if not (dataset_dir / CLASSES_FILE).is_file():
         raise ManifestError(

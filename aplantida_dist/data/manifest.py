@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,9 +23,12 @@ from pydantic import (
 
 from aplantida_dist.data.address import Place
 from aplantida_dist.errors import UserError
-from aplantida_dist.files import digest, read_json, write_json
+from aplantida_dist.files import digest, read_json, write_json, write_whole
 
 MANIFEST_FILE = "manifest.json"
+IDENTITIES_FILE = "identities.bin"
+"""Beside the manifest, who its samples are, in the stored order: so that nobody has to read every shard's headers for it."""
+IDENTITY_DTYPE = np.dtype("<i8")
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val", "test")
 MAX_QUALITY = 95
@@ -187,6 +192,11 @@ def make_manifest(
 def save_manifest(manifest: Manifest, split_dir: Path) -> None:
     """Write manifest.json into the split's folder, whole or not at all."""
     write_json(split_dir / MANIFEST_FILE, manifest.model_dump(mode="json"))
+
+
+def save_identities(identities: Iterable[int], split_dir: Path) -> None:
+    """Write the identities of a split's samples beside its manifest, in the stored order."""
+    write_whole(split_dir / IDENTITIES_FILE, np.fromiter(identities, dtype=IDENTITY_DTYPE).tobytes())
 
 
 def load_manifest(path: Place) -> Manifest:

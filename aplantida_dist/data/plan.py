@@ -13,6 +13,9 @@ from aplantida_dist.data.sampling import ClassSampling, IntArray
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 
+SHARDS_TOGETHER = 8
+"""Shards of the stored order that are brought before they are read, while as many are read."""
+
 
 class PlanError(UserError):
     """A plan that cannot be: no samples, or batch sizes that do not fit each other."""
@@ -109,12 +112,28 @@ class TrainPlan:
     def blocks_per_epoch(self) -> int:
         return -(-self.num_samples // self.block_samples)
 
-    def shards_of_block(self, epoch: int, block: int) -> IntArray:
-        """The shards that the samples of a block lie in, each once, in their order in the epoch."""
-        order, first = _shard_order(self, epoch), block * self.block_samples
-        ends = np.append(order.starts[1:], self.num_samples)
-        is_in = (order.starts < first + self.block_samples) & (ends > first) & (ends > order.starts)
-        return order.permutation[is_in]
+    def blocks_of(self, at: Coordinates) -> tuple[int, int]:
+        """The first and the last block, counted over all epochs, that the samples of a step are drawn from."""
+        first = at.step_in_epoch * self.global_batch_size
+        last = first + self.samples_in_step(at.step_in_epoch) - 1
+        before = at.epoch * self.blocks_per_epoch
+        return before + first // self.block_samples, before + last // self.block_samples
+
+    def shards_of_block(self, block: int) -> IntArray:
+        """The shards that the samples of a block, counted over all epochs, lie in, each once."""
+        epoch, in_epoch = divmod(block, self.blocks_per_epoch)
+        firsts, ends, permutation = self.shard_bounds_of_blocks(epoch)
+        return permutation[firsts[in_epoch] : ends[in_epoch]]
+
+    def shard_bounds_of_blocks(self, epoch: int) -> tuple[IntArray, IntArray, IntArray]:
+        """Where the shards of each block of an epoch begin and end in the epoch's order of those that are not empty, and that order."""
+        order = _shard_order(self, epoch)
+        sizes = np.diff(order.starts, append=self.num_samples)
+        starts = order.starts[sizes > 0]
+        bounds = np.arange(self.blocks_per_epoch, dtype=np.int64) * self.block_samples
+        firsts = np.searchsorted(starts, bounds, side="right") - 1
+        ends = np.searchsorted(starts, bounds + self.block_samples, side="left")
+        return firsts, ends, order.permutation[sizes > 0]
 
     def _shuffle(self, epoch: int, positions: IntArray) -> IntArray:
         """Map positions of the epoch to places in the concatenation of the permuted shards, block by block."""
@@ -157,6 +176,25 @@ class StoredPlan:
         """
         rounds = -(-self.num_slots // world_size)
         return range(rank, rounds * world_size, world_size)
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        """Stretches of SHARDS_TOGETHER shards, which take the place that blocks have in training."""
+        return -(-len(self.shard_sizes) // SHARDS_TOGETHER)
+
+    def blocks_of(self, at: Coordinates) -> tuple[int, int]:
+        """The first and the last block that the samples of a slot lie in; an empty slot counts as the last one that is not."""
+        first = min(at.slot, self.num_slots - 1) * self.micro_batch_size
+        places = np.array([first, min(first + self.micro_batch_size, self.num_samples) - 1])
+        first_shard, last_shard = np.searchsorted(_starts(self.shard_sizes), places, side="right") - 1
+        return int(first_shard) // SHARDS_TOGETHER, int(last_shard) // SHARDS_TOGETHER
+
+    def shards_of_block(self, block: int) -> IntArray:
+        """The shards of a block that are not empty."""
+        shards = np.arange(len(self.shard_sizes), dtype=np.int64)[
+            block * SHARDS_TOGETHER : (block + 1) * SHARDS_TOGETHER
+        ]
+        return shards[self.shard_sizes[shards] > 0]
 
     def micro_batch(self, at: Coordinates) -> MicroBatch:
         """The samples of slot `at.slot`; epoch and step do not matter."""

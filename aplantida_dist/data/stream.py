@@ -163,6 +163,7 @@ class MicroBatches(Dataset[Batch]):
                 ) from error
             fault = str(error)
         has_metadata = self.with_metadata and not fault
+        shard = self._shard(shard_index)  # it may have been brought again
         metadata = read_metadata(shard.descriptor, shard.index, member_index) if has_metadata else {}
         return _Sample(sample_key, int(entry["label"]), metadata, shard.path.name, offset, fault)
 
@@ -208,7 +209,6 @@ class MicroBatches(Dataset[Batch]):
             if len(self._open_shards) > MAX_OPEN_SHARDS:
                 self._open_shards.popitem(last=False)[1].close()
         return self._open_shards[shard_index]
-
 
     def _close_evicted(self) -> None:
         """Close the shards that a cache has removed since: what is open takes room on the disk."""
@@ -258,16 +258,17 @@ def _stand_in(samples: Sequence[_Sample], pixels: Tensor, labels: Tensor, weight
             labels[place] = labels[place if good is None else good]
 
 
-def stream(micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, reading: Reading) -> Iterator[Batch]:
+def stream(
+    micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, reading: Reading, num_epochs: int = 1
+) -> Iterator[Batch]:
     """Yield the micro-batches of the coordinates, in that order, read ahead by worker processes (with 0: by this one).
 
-    What is yielded does not depend on `reading`. Raises StreamError for the first sample that cannot be delivered.
+    What is yielded does not depend on `reading`. Of a cached split the next block is brought meanwhile, as far as the plan has
+    `num_epochs`. Raises StreamError for the first sample that cannot be delivered.
     """
-    split, ahead = micro_batches.split, None
+    split, received = micro_batches.split, iter(coordinates)
     if split.cache is not None:
-        coordinates, walked = tee(coordinates)
-        ahead = Ahead(split, micro_batches.plan, walked, cache=split.cache)
-        ahead.look(0)
+        coordinates, received = tee(coordinates)
     loader = DataLoader(
         micro_batches,
         sampler=coordinates,
@@ -280,17 +281,24 @@ def stream(micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, r
         generator=torch.Generator(),  # the loader draws a worker seed from it; the global generator stays untouched
     )
     with held_back():
-        batches = iter(loader)
+        batches: Iterator[Batch] = iter(loader)
+    if split.cache is not None:
+        ahead = Ahead(split, micro_batches.plan, cache=split.cache, num_epochs=num_epochs)
+        batches = _with_the_next_block(batches, received, ahead)
+    for batch in batches:
+        if batch.failure is not None:
+            raise StreamError(batch.failure)
+        yield batch
+
+
+def _with_the_next_block(batches: Iterator[Batch], coordinates: Iterator[Coordinates], ahead: Ahead) -> Iterator[Batch]:
+    """The same batches, while what they and the next block need is brought and kept."""
     try:
-        for num_received, batch in enumerate(batches, start=1):
-            if batch.failure is not None:
-                raise StreamError(batch.failure)
-            if ahead is not None:
-                ahead.look(num_received)
-            yield batch
+        for at in coordinates:
+            ahead.look(at)
+            yield next(batches)
     finally:
-        if ahead is not None:
-            ahead.close()
+        ahead.close()
 
 
 def _as_it_is(batch: Any) -> Any:
