@@ -200,8 +200,11 @@ class Cache:
     def _make_room(self, num_bytes: int, *, takes_all: bool) -> bool:
         """Remove entries until so many bytes fit in, or there is no other that may go. Within the room's lock."""
         kept = self._kept()
+        coming_bytes = sum(
+            self._parts_in_work()
+        )  # before the entries: one that is renamed between counts twice, not never
         entries = list(self._entries())
-        free_bytes = self.max_bytes - sum(self._parts_in_work()) - sum(entry.num_bytes for entry in entries)
+        free_bytes = self.max_bytes - coming_bytes - sum(entry.num_bytes for entry in entries)
         for entry in sorted(entries, key=lambda entry: entry.turn(is_kept=entry.sha256 in kept)):
             if free_bytes >= num_bytes or (entry.sha256 in kept and not takes_all):
                 break
