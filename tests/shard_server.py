@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import socket
 import threading
@@ -160,3 +161,19 @@ def silent(for_s: float) -> Answer:
         handler.say(content)
 
     return answer
+
+
+def die_at(server: ShardServer, number: int) -> tuple[Answer, threading.Event]:
+    """Answers soundly until the request of this number (from 1), at which the server dies; and the event that it has."""
+    count, is_dead = itertools.count(1), threading.Event()
+
+    def answer(handler: Handler, content: bytes) -> None:
+        if next(count) < number:
+            handler.say(content)
+            return
+        handler.close_connection = True
+        if not is_dead.is_set():
+            is_dead.set()
+            threading.Thread(target=server.die).start()
+
+    return answer, is_dead

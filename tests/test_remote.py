@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data.address import AddressError, place_of
+from aplantida_dist.data.ahead import require_room_for_blocks
 from aplantida_dist.data.cache import Cache
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.data.images import EvaluationTransform
-from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
+from aplantida_dist.data.plan import Coordinates, PlanError, StoredPlan, TrainPlan
 from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.errors import UserError
+from aplantida_dist.recipe import dataset_of, plan_of
 from aplantida_dist.resumes import RESUMES_FILE, read_resumes
 from tests.laws import last_step, train
 from tests.ranks import command_on_ranks
@@ -63,22 +66,34 @@ def local(config: Path) -> Path:
 @pytest.fixture(scope="module")
 def needed(config: Path, dataset_dir: Path) -> int:
     """The smallest cache of this config, as the error of a smaller one tells it."""
-    arguments = [
-        "--config",
-        config,
-        "--run-dir",
-        config.parent / "small",
-        *cached(dataset_dir, config.parent / "c", "data.cache_bytes=1"),
-    ]
-    (finished,) = command_on_ranks(1, "aplantida_dist.train", arguments, config.parent)
-    told = re.search(
+    told = loaded(config, *cached(dataset_dir, config.parent / "c", "data.cache_bytes=1"))
+    split = dataset_of(told).open_split("train")
+    with pytest.raises(PlanError) as error:
+        require_room_for_blocks(split, plan_of(told, split), num_epochs=2)
+    found = re.fullmatch(
         r"data.cache_bytes 1 is too little: a block of 16 samples and the next lie in shards of up to (\d+) bytes; "
-        r"set data.cache_bytes to (\d+) or more",
-        finished.stderr,
+        r"set data.cache_bytes to \1 or more, or lower data.block_samples in a new run",
+        str(error.value),
     )
+    assert found is not None, error.value
+    return int(found[1])
+
+
+def loaded(config: Path, *overrides: str) -> Config:
+    return load_config(config, list(overrides))
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_too_small_ends_the_command(
+    config: Path, needed: int, dataset_dir: Path, tmp_path: Path
+) -> None:
+    """By one byte, before anything is brought."""
+    overrides = cached(dataset_dir, tmp_path / "cache", f"data.cache_bytes={needed - 1}")
+    arguments = ["--config", config, "--run-dir", tmp_path / "run", *overrides]
+    (finished,) = command_on_ranks(1, "aplantida_dist.train", arguments, tmp_path)
     assert finished.code == 2
-    assert told is not None, finished.stderr
-    return int(told[2])
+    assert f"set data.cache_bytes to {needed} or more" in finished.stderr
+    assert not list(tmp_path.glob("cache/*.cached"))
 
 
 @pytest.fixture

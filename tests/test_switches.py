@@ -85,6 +85,8 @@ UNCLIPPED = ("train.clip_norm=null",)
 KEYS: dict[str, Acts | Shown] = {
     "seed": Acts(("seed=4",), (), ("start", "pictures", "losses"), ("rates",)),
     "data.dataset": pictures("data.dataset={other}"),
+    "data.cache_dir": nothing("data.cache_dir={cache}"),
+    "data.cache_bytes": nothing("data.cache_bytes=1000000", beside=["data.cache_dir={cache}"]),
     "data.image_size": pictures("data.image_size=48"),
     "data.crop_scale": pictures("data.crop_scale=[0.9, 1.0]"),
     "data.crop_ratio": pictures("data.crop_ratio=[1.0, 1.0]"),

@@ -102,17 +102,22 @@ class Cache:
                 content = os.pread(descriptor, item.num_bytes, 0)
                 if hashlib.sha256(content).hexdigest() == item.sha256:
                     return content
-                self.discard(item, descriptor)
+                self.discard_if_wrong(item, descriptor)
             finally:
                 os.close(descriptor)
 
-    def discard(self, item: Item, descriptor: int) -> None:
-        """Remove an entry whose bytes were found wrong, unless another has taken its place since it was opened."""
+    def discard_if_wrong(self, item: Item, descriptor: int) -> bool:
+        """Remove an entry that is open here, unless its bytes are right or another has taken its place; True where they are wrong."""
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() == item.sha256:
+                return False
         path = self.path_of(item)
         with in_turn(self._lock_path(item.sha256)), suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(descriptor)):
                 _tell(f"{path}: has changed in the cache; bringing {item.place} again")
                 path.unlink()
+        return True
 
     def _bring(self, item: Item, *, give_up: Callable[[], bool], takes_all: bool) -> Path:
         path = self.path_of(item)

@@ -27,6 +27,8 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 from aplantida_dist.signals import held_back, outlive_requests
 
+MOST_TRIES = 3
+"""So often a sample is read from a cache whose files change under it."""
 MAX_OPEN_SHARDS = 512
 """File descriptors a worker keeps open; half of the usual limit of 1,024."""
 
@@ -111,7 +113,6 @@ class MicroBatches(Dataset[Batch]):
         self.transform = transform
         self.seed = seed
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._brought_again: set[int] = set()
 
     def __getitem__(self, at: Coordinates) -> Batch:
         """Read a micro-batch. An error that a user can mend comes as `failure`: raised here it would be a worker's traceback."""
@@ -168,18 +169,17 @@ class MicroBatches(Dataset[Batch]):
         return _Sample(sample_key, int(entry["label"]), metadata, shard.path.name, offset, fault)
 
     def _member(self, shard_index: int, member_index: int) -> Member:
-        """Read a sample; where a cached shard does not give it, the shard is brought once more. Raises ShardError."""
-        shard = self._shard(shard_index)
-        try:
-            return read_member(shard.descriptor, shard.index[member_index], shard_path=shard.path)
-        except ShardError:
-            if self.split.cache is None or shard_index in self._brought_again:
-                raise
-        self._brought_again.add(shard_index)
-        self.split.cache.discard(self.split.tar_item(shard_index), shard.descriptor)
-        self._open_shards.pop(shard_index).close()
-        shard = self._shard(shard_index)
-        return read_member(shard.descriptor, shard.index[member_index], shard_path=shard.path)
+        """Read a sample; where a shard has changed in the cache since it came, it is brought again. Raises ShardError."""
+        cache, tries_left = self.split.cache, MOST_TRIES
+        while True:
+            shard, tries_left = self._shard(shard_index), tries_left - 1
+            try:
+                return read_member(shard.descriptor, shard.index[member_index], shard_path=shard.path)
+            except ShardError:
+                item = self.split.tar_item(shard_index)
+                if cache is None or not tries_left or not cache.discard_if_wrong(item, shard.descriptor):
+                    raise
+            self._open_shards.pop(shard_index).close()
 
     def _bad_among(self, samples: Sequence[_Sample], weights: Tensor, *, slot: int) -> tuple[BadSample, ...]:
         """The bad ones that are no padding."""
