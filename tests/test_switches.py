@@ -212,7 +212,7 @@ def fill_in(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Fill
         told = ["--run", folder / run, "--data", dataset_dir, "--split", "train", "--out", folder / file]
         (finished,) = command_on_ranks(1, "aplantida_dist.soft_labels", told, folder)
         assert finished.code == 0, finished.stderr
-    places = {name: folder / name for name in ("teacher", "colleague", "soft", "softer", "other")}
+    places = {name: folder / name for name in ("teacher", "colleague", "soft", "softer", "other", "cache")}
     return lambda overrides: [text.format(**places) for text in overrides]
 
 
