@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from aplantida_dist.config import Config
-from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.errors import UserError
 from aplantida_dist.ground import Request
 from aplantida_dist.loss import cross_entropy
 from aplantida_dist.model import pixel_convention
 from aplantida_dist.optimizer import set_learning_rate
-from aplantida_dist.recipe import model_of, normalize_of, optimizer_of
+from aplantida_dist.recipe import dataset_of, model_of, normalize_of, optimizer_of
 from aplantida_dist.run_folder import find_checkpoint
 from aplantida_dist.world import World, is_out_of_memory
 
@@ -109,7 +107,7 @@ def _found_here(config: Config, sizes: Sequence[int], *, world: World) -> int:
             f"train.micro_batch_size auto: finds what fits into a GPU, this process runs on {world.device.type}; write a "
             f"number, a divisor of {config.train.global_batch_size} such as {sizes[len(sizes) // 2]}"
         )
-    num_classes = open_dataset(Path(config.data.dataset)).class_map.num_classes
+    num_classes = dataset_of(config).class_map.num_classes
     return largest_that_fits(
         sizes,
         lambda size: fits_in_memory(size, make_trial=lambda: Trial(config, num_classes=num_classes, world=world)),

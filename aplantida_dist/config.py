@@ -33,6 +33,7 @@ FREE = frozenset(
         "data.dataset",  # the manifests' digests identify the data, wherever it lies
         "distillation.teachers",  # likewise, by the digests of their checkpoints
         "soft_labels.files",  # likewise
+        *("data.cache_dir", "data.cache_bytes"),
         *("data.num_workers", "data.prefetch_micro_batches"),
         *(
             "data.on_bad_sample",

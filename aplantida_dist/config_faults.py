@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from aplantida_dist.config import SECTIONS, Config, flat
 from aplantida_dist.config_sections import is_loss
 from aplantida_dist.credentials import without_credentials
+from aplantida_dist.data.address import SCHEMES, Address, AddressError, place_of
 from aplantida_dist.strict_yaml import show
 
 FIELDS: dict[str, FieldInfo] = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS} | {
@@ -50,7 +51,7 @@ _CREDENTIALS = "found a URL with a user, a password or a query in it, which conf
 
 
 def _may_hold_secrets(text: str) -> bool:
-    """Whether a text has what is not to be shown; no key takes an address of the web, so that a query is none of its parts."""
+    """Whether a text has what is not to be shown; the address of a dataset has no query."""
     return without_credentials(text) != text
 
 
@@ -165,6 +166,7 @@ def _relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("loss.focal_gamma", "loss.logit_adjustment"):
         if known("loss.kind", name) and values["loss.kind"] == "binary_cross_entropy" and values[name]:
             yield name, "0 where loss.kind is binary_cross_entropy: it speaks of softmax probabilities"
+    yield from _place_relations(values)
     yield from _sampling_relations(values)
     teachers, weights = "distillation.teachers", "distillation.teacher_weights"
     if known(teachers, weights) and values[teachers] and len(values[weights]) not in (0, len(values[teachers])):
@@ -208,6 +210,21 @@ def _metric_relations(values: Mapping[str, Any], *, metric: str, mode: str) -> I
         yield metric, "a metric of train or val where ema.decay is null"
     if {metric, mode} <= values.keys() and (values[mode] == "min") != is_loss(values[metric]):
         yield mode, f"{'max' if values[mode] == 'min' else 'min'} for {metric} {values[metric]}"
+
+
+def _place_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a dataset's place may be, and what it needs."""
+    dataset, cache_dir = "data.dataset", "data.cache_dir"
+    try:
+        is_address = dataset in values and isinstance(place_of(values[dataset]), Address)
+    except AddressError:
+        yield dataset, f"a path, or an address of {', '.join(SCHEMES)}"
+        return
+    if is_address and cache_dir in values and values[cache_dir] is None:
+        yield (
+            cache_dir,
+            f"a folder on this machine's own disk where {dataset} is an address: shards are read from there",
+        )
 
 
 def _sampling_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

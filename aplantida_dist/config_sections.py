@@ -85,7 +85,20 @@ class DataSection(Section):
     """Which pictures, and what is done to them."""
 
     dataset: Text
-    """Folder of a built dataset (`shards/README.md`), from where the command is run."""
+    """Folder of a built dataset (`shards/README.md`), from where the command is run, or its address: s3://, gs://, http:// or https://.
+
+    What is read does not depend on where it lies. Credentials come from the environment, never from here.
+    """
+    cache_dir: Text | None = None
+    """Folder on this machine's own disk where whole shards are kept while they are read: for an address, or a slow network disk.
+
+    null reads the dataset where it lies. All processes of a machine share it. Changes the speed and nothing else.
+    """
+    cache_bytes: Count = 64 * 2**30
+    """Bytes that the shards in cache_dir take at most; at least those of the shards of a block and the next one, which is brought ahead.
+
+    Default: 64 GiB, 250 shards of 256 MiB. Changes the speed and nothing else.
+    """
     image_size: Count = 224
     """Side of the square that the model sees, in pixels. Source: ImageNet practice (AlexNet, VGG)."""
     crop_scale: Annotated[tuple[Area, Area], Field(strict=False), AfterValidator(_ordered)] = (0.35, 1.0)

@@ -16,6 +16,7 @@ from aplantida_dist.checkpoint import Checkpoint, CheckpointError, load_model_st
 from aplantida_dist.command import CommandParser, positive, run_command
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
+from aplantida_dist.data.address import place_of
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.errors import UserError
@@ -29,6 +30,7 @@ from aplantida_dist.origin import leak_error, leak_text, unknown_lines
 from aplantida_dist.other_classes import CHOICES, labels_in_run, without_others
 from aplantida_dist.recipe import (
     bad_sample_budget_of,
+    cache_of,
     decided,
     evaluation_transform_of,
     model_of,
@@ -127,7 +129,7 @@ def _open(arguments: argparse.Namespace, config: Config) -> _Opened:
     """The checkpoint's model and the split; unless --other-classes is given, their class maps must be the same."""
     checkpoint = resolve_checkpoint(arguments.run, arguments.checkpoint)
     class_map = load_class_map(arguments.run / CLASSES_FILE)
-    dataset = open_dataset(arguments.data)
+    dataset = open_dataset(arguments.data, cache=cache_of(config))
     labels = labels_in_run(
         dataset.class_map,
         class_map,
@@ -224,10 +226,10 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=place_of,
         required=True,
         metavar="DATASET",
-        help="a dataset with the run's classes, or with a part of them",
+        help="a dataset, a folder or an address, with the run's classes or a part of them",
     )
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")
     parser.add_argument(

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from aplantida_dist.errors import UserError
 
@@ -90,7 +90,13 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, (text + "\n").encode())
 
 
-def read_json(path: Path, *, what: str, remedy: str) -> Any:
+class Readable(Protocol):
+    """A path, or an address that is read like one."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+def read_json(path: Readable, *, what: str, remedy: str) -> Any:
     """Read a JSON file; `what` names it and `remedy` says what to do, should it be absent or broken."""
     try:
         raw = path.read_bytes()

@@ -11,13 +11,14 @@ from torch import nn
 from aplantida_dist.ancestor import open_ancestor
 from aplantida_dist.checkpoint import Checkpoint, Weights, load_model_state
 from aplantida_dist.config import Config
+from aplantida_dist.data.ahead import require_room_for_blocks
 from aplantida_dist.data.classmap import ClassMap
-from aplantida_dist.data.dataset import Split, open_dataset
+from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.plan import TrainPlan
 from aplantida_dist.execution import synchronize_batchnorm
 from aplantida_dist.freezing import freeze
 from aplantida_dist.init_from import Beginning, begin_with
-from aplantida_dist.recipe import model_of, plan_of, soft_targets_of, teachers_of
+from aplantida_dist.recipe import dataset_of, model_of, plan_of, soft_targets_of, teachers_of
 from aplantida_dist.run_folder import find_checkpoint, require_same_run
 from aplantida_dist.soft_targets import SoftTargets
 from aplantida_dist.spreading import name_blocks
@@ -65,7 +66,7 @@ class Ground:
 
 def lay_ground(config: Config, *, world: World, request: Request) -> Ground:
     """Open the dataset, find the checkpoint, make the model and give it the weights that it begins or goes on with."""
-    dataset = open_dataset(Path(config.data.dataset))
+    dataset = dataset_of(config)
     train_split = dataset.open_split("train", max_samples=request.max_samples)
     val_split = dataset.open_split("val", max_samples=request.max_samples) if config.evaluation.every_epochs else None
     soft_targets = soft_targets_of(config, dataset.class_map)
@@ -106,6 +107,10 @@ def lay_ground(config: Config, *, world: World, request: Request) -> Ground:
     if world.spreads_parameters:
         name_blocks(model)
     plan = plan_of(config, train_split)
+    slots_here = [plan.slots_of(rank, world.world_size) for rank in world.ranks_here]
+    require_room_for_blocks(
+        train_split, plan, num_epochs=config.train.epochs, slots=range(slots_here[0].start, slots_here[-1].stop)
+    )
     train_counts = tuple(train_split.counts_of_classes(dataset.class_map.num_classes))
     return Ground(
         class_map=dataset.class_map,

@@ -10,7 +10,8 @@ import socket
 import tempfile
 import threading
 import time
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ SILENT_AFTER_S = 60.0
 """A process on another machine that has not touched its lock for so long is taken for dead."""
 _SIGNED_WITHIN_S = 2.0
 """So long a process may take from locking the file to naming itself in it."""
+_POLL_S = 0.02
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a network disk says that has no locks: then the names in the files decide alone."""
 
@@ -102,6 +104,63 @@ def take_lock(path: Path, *, doing: str, remedy: str) -> Lock:
         except BaseException:
             _close(descriptor)
             raise
+
+
+@contextmanager
+def in_turn(path: Path, *, give_up: Callable[[], bool] | None = None) -> Iterator[None]:
+    """Hold a lock among threads and processes of this machine alone; the file goes with it. OSError on a disk without locks.
+
+    It is waited for; with `give_up`, until that says so: BlockingIOError. The system lets go of it when the process ends, however it ends.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        _HELD.add(descriptor)
+        try:
+            if not _wait_for(descriptor, give_up) or not _is_still(path, descriptor):
+                continue
+            try:
+                yield
+            finally:
+                # In a child that was forked within the block the lock is its parent's.
+                if descriptor in _HELD and _is_still(path, descriptor):
+                    path.unlink()
+            return
+        finally:
+            # A child that was forked before the descriptor was noted shares the lock: unlocking lets go for both.
+            if descriptor in _HELD:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+                _close(descriptor)
+
+
+def _wait_for(descriptor: int, give_up: Callable[[], bool] | None) -> bool:
+    """Lock a file, waiting a while where it may be given up; False where another still has it. Raises BlockingIOError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if give_up is None else fcntl.LOCK_NB))
+    except BlockingIOError:
+        if give_up is not None and give_up():
+            raise
+        time.sleep(_POLL_S)
+        return False
+    return True
+
+
+def is_taken(path: Path) -> bool:
+    """Whether somebody holds a lock that is held `in_turn`; the file of one that nobody holds is removed."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        if _is_still(path, descriptor):
+            path.unlink()
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def this_process() -> Holder:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from aplantida_dist.config import Config
+from aplantida_dist.data.address import place_of
+from aplantida_dist.data.cache import Cache
 from aplantida_dist.data.classmap import ClassMap
-from aplantida_dist.data.dataset import Split
+from aplantida_dist.data.dataset import Dataset, Split, open_dataset
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import TrainPlan
 from aplantida_dist.data.sampling import ClassSampling
@@ -32,6 +34,22 @@ from aplantida_dist.soft_targets import SoftTargets, open_soft_targets
 from aplantida_dist.stopping import Stopping
 from aplantida_dist.teachers import Teacher, open_teacher
 from aplantida_dist.world import World
+
+
+def dataset_of(config: Config) -> Dataset:
+    """The dataset that a config names, by way of its cache, if any."""
+    return open_dataset(place_of(config.data.dataset), cache=cache_of(config))
+
+
+def cache_of(config: Config) -> Cache | None:
+    """The cache that a config asks for. A reader who waits behind another one's tries makes his own, within the watchdog's time."""
+    if config.data.cache_dir is None:
+        return None
+    return Cache(
+        Path(config.data.cache_dir).absolute(),
+        max_bytes=config.data.cache_bytes,
+        patience_s=config.train.timeout_s / 3,
+    )
 
 
 def plan_of(config: Config, split: Split) -> TrainPlan:

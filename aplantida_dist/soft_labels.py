@@ -13,13 +13,14 @@ from aplantida_dist.checkpoint import load_model_state
 from aplantida_dist.command import CommandParser, count, positive, run_command
 from aplantida_dist.config import Config
 from aplantida_dist.config_file import load_config
+from aplantida_dist.data.address import place_of
 from aplantida_dist.data.classmap import CLASSES_FILE, load_class_map
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.lineage import Identities
 from aplantida_dist.lock import take_lock
 from aplantida_dist.model import pixel_convention
 from aplantida_dist.origin import unknown_lines
-from aplantida_dist.recipe import decided, evaluation_transform_of, model_of, normalize_of, reading_of
+from aplantida_dist.recipe import cache_of, decided, evaluation_transform_of, model_of, normalize_of, reading_of
 from aplantida_dist.run_folder import CONFIG_FILE, resolve_checkpoint
 from aplantida_dist.signals import end_like_ctrl_c
 from aplantida_dist.soft_label_file import (
@@ -95,7 +96,7 @@ def _open(arguments: argparse.Namespace, config: Config, world: World) -> Labell
     """The checkpoint's model and the split, whose class map may be another: no label is read."""
     checkpoint = resolve_checkpoint(arguments.run, arguments.checkpoint)
     class_map = load_class_map(arguments.run / CLASSES_FILE)
-    split = open_dataset(arguments.data).open_split(arguments.split)
+    split = open_dataset(arguments.data, cache=cache_of(config)).open_split(arguments.split)
     model = model_of(config, num_classes=class_map.num_classes, pretrained=False)
     load_model_state(model, checkpoint)
     pixels = pixel_convention(model)
@@ -177,7 +178,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", default="best", metavar="best|last|DIR", help="which checkpoint (default: best)"
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DATASET", help="the dataset to label")
+    parser.add_argument(
+        "--data", type=place_of, required=True, metavar="DATASET", help="the dataset to label, a folder or an address"
+    )
     parser.add_argument("--split", default="train", help="train, val or test (default: train)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--top", type=count, default=32, metavar="K", help="classes to keep of a sample (default: 32)")

@@ -193,7 +193,13 @@ def read_ahead(job: Job, start_step: int) -> Iterator[Batch]:
     micro_batches = MicroBatches(
         job.train_split, job.plan, job.train_transform, seed=job.seed, voids_bad_samples=job.voids_bad_samples
     )
-    return stream(micro_batches, _coordinates(job, start_step), reading=job.reading)
+    return stream(
+        micro_batches,
+        _coordinates(job, start_step),
+        reading=job.reading,
+        num_epochs=-(-job.schedule.total_steps // job.plan.steps_per_epoch),
+        slots=job.plan.slots_of(job.world.rank, job.world.world_size),
+    )
 
 
 def _coordinates(job: Job, start_step: int) -> Iterator[Coordinates]:
@@ -395,7 +401,7 @@ def _finish_epoch(job: Job, running: Running, done: int) -> None:
 def _machine(world: World) -> Machine:
     """The machine as a rank's loaders find it. On a CPU the model computes where they do."""
     threads = 1 if world.device.type == "cuda" else torch.get_num_threads()
-    return Machine(usable_cores(), world.num_ranks_here, threads)
+    return Machine(usable_cores(), len(world.ranks_here), threads)
 
 
 def _expected_identities(job: Job, drawn: IntArray | None) -> str:

@@ -68,9 +68,12 @@ class World:
         return int(self.accelerator.num_processes)
 
     @property
-    def num_ranks_here(self) -> int:
+    def ranks_here(self) -> range:
         """The ranks of this node, as the launcher tells; all, where it tells nothing."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            return range(self.world_size)
+        first = self.rank - int(os.environ["LOCAL_RANK"])
+        return range(first, first + int(os.environ["LOCAL_WORLD_SIZE"]))
 
     @property
     def is_main(self) -> bool:

@@ -32,7 +32,9 @@ def _most_fetched_gb(epoch: int, *, num_lanes: int) -> float:
         {
             shard
             for block in range(plan.blocks_per_epoch)
-            for shard in plan.shards_of_block(epoch, block, slots=plan.slots_of(node, NUM_NODES)).tolist()
+            for shard in plan.shards_of_block(
+                epoch * plan.blocks_per_epoch + block, slots=plan.slots_of(node, NUM_NODES)
+            ).tolist()
         }
         for node in range(NUM_NODES)
     ]

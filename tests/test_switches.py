@@ -85,6 +85,8 @@ UNCLIPPED = ("train.clip_norm=null",)
 KEYS: dict[str, Acts | Shown] = {
     "seed": Acts(("seed=4",), (), ("start", "pictures", "losses"), ("rates",)),
     "data.dataset": pictures("data.dataset={other}"),
+    "data.cache_dir": nothing("data.cache_dir={cache}"),
+    "data.cache_bytes": nothing("data.cache_bytes=1000000", beside=["data.cache_dir={cache}"]),
     "data.image_size": pictures("data.image_size=48"),
     "data.crop_scale": pictures("data.crop_scale=[0.9, 1.0]"),
     "data.crop_ratio": pictures("data.crop_ratio=[1.0, 1.0]"),
@@ -211,7 +213,7 @@ def fill_in(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Fill
         told = ["--run", folder / run, "--data", dataset_dir, "--split", "train", "--out", folder / file]
         (finished,) = command_on_ranks(1, "aplantida_dist.soft_labels", told, folder)
         assert finished.code == 0, finished.stderr
-    places = {name: folder / name for name in ("teacher", "colleague", "soft", "softer", "other")}
+    places = {name: folder / name for name in ("teacher", "colleague", "soft", "softer", "other", "cache")}
     return lambda overrides: [text.format(**places) for text in overrides]
 
 

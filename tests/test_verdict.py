@@ -183,7 +183,7 @@ def test_a_run_with_slow_decoding_is_input_bound(large_pictures: Path, tmp_path:
 
 def test_a_run_with_a_slow_model_is_model_bound(dataset_dir: Path, tmp_path: Path) -> None:
     """Tiny pictures, which the rank decodes on the way, and a model that computes for long."""
-    _, line = train(dataset_dir, tmp_path, "data.image_size=96", num_workers=0)
+    _, line = train(dataset_dir, tmp_path, "data.image_size=192", num_workers=0)
     assert line.startswith("model-bound: ")
     assert line.endswith("nothing to change")
 

@@ -388,6 +388,8 @@ def test_a_photograph_in_two_splits_is_found(dataset: Path) -> None:
         split="train", class_map_digest=train.class_map_digest, shards=shards, identity_sum=identity_sum
     )
     save_manifest(manifest, dataset / "train")
+    with (dataset / "train" / "identities.bin").open("ab") as identities:
+        identities.write((dataset / "val" / "identities.bin").read_bytes())
     (damage,) = damages_of(dataset)
     assert damage.startswith(
         f"val/{stray.name}: {stray.num_samples} sample keys stand in train/shard-000009.tar already"
@@ -453,3 +455,14 @@ def test_nothing_there_is_an_error(tmp_path: Path) -> None:
     """A folder that does not exist is no sound dataset."""
     with pytest.raises(VerifyError, match="no dataset here"):
         verify_dataset(tmp_path / "nothing")
+
+
+def test_identities_that_are_not_those_of_the_shards_are_found(dataset: Path) -> None:
+    """In another order, too; a dataset of an earlier version, which has none, is sound."""
+    path = dataset / "train" / "identities.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[8:] + content[:8])
+    (damage,) = damages_of(dataset)
+    assert damage == "train/identities.bin: does not hold the identities of the samples in the shards"
+    path.unlink()
+    assert list(damages_of(dataset)) == []

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from aplantida_dist.data.address import Place
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import digest, read_json, write_json
 
@@ -80,7 +81,7 @@ class ClassMap:
         )
 
 
-def load_class_map(path: Path) -> ClassMap:
+def load_class_map(path: Place) -> ClassMap:
     """Read classes.json and check it against its own digest."""
     remedy = "build the dataset with `python shards/build.py`"
     content = read_json(path, what="class map", remedy=remedy)
@@ -96,7 +97,7 @@ def load_class_map(path: Path) -> ClassMap:
     return class_map
 
 
-def _parent_of(content: dict[str, Any], path: Path, *, num_classes: int) -> Parent | None:
+def _parent_of(content: dict[str, Any], path: Place, *, num_classes: int) -> Parent | None:
     """What classes.json declares of the class map it was taken from. Whether the names stand there only the parent can tell."""
     match content:
         case {"parent": {"digest": str(parent_digest), "labels": [*labels]}}:

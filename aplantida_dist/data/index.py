@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aplantida_dist.data.address import Place
 from aplantida_dist.errors import UserError
 
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4"), ("label", "<u4")])
@@ -69,11 +70,16 @@ def index_dtype(*, is_foreign: bool) -> np.dtype[Any]:
 
 def read_index(path: Path, *, num_samples: int, sha256: str, is_foreign: bool = False) -> NDArray[Any]:
     """Read an index (structured array, one entry a sample, in the tar's order) and check its digest."""
-    dtype = index_dtype(is_foreign=is_foreign)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ShardError(f"{path}: the index cannot be read: {error.strerror}; {REMEDY}") from error
+    return parse_index(content, path=path, num_samples=num_samples, sha256=sha256, is_foreign=is_foreign)
+
+
+def parse_index(content: bytes, *, path: Place, num_samples: int, sha256: str, is_foreign: bool) -> NDArray[Any]:
+    """What `read_index` makes of the bytes that lie at a place."""
+    dtype = index_dtype(is_foreign=is_foreign)
     expected_bytes = num_samples * dtype.itemsize
     if len(content) != expected_bytes:
         raise ShardError(
@@ -84,7 +90,7 @@ def read_index(path: Path, *, num_samples: int, sha256: str, is_foreign: bool = 
     return np.frombuffer(content, dtype=dtype)
 
 
-def require_within(index: NDArray[Any], *, shard_bytes: int, path: Path) -> None:
+def require_within(index: NDArray[Any], *, shard_bytes: int, path: Place) -> None:
     """Raise ShardError, before anything is read, for an index with a row that points outside its shard or at more than is read."""
     stretches = [("image", "offset", "length", HEADER_BYTES, MAX_PICTURE_BYTES)]
     if index.dtype == FOREIGN_INDEX_DTYPE:
@@ -102,7 +108,7 @@ def require_within(index: NDArray[Any], *, shard_bytes: int, path: Path) -> None
             )
 
 
-def require_labels(index: NDArray[Any], *, class_counts: Mapping[str, int], path: Path) -> None:
+def require_labels(index: NDArray[Any], *, class_counts: Mapping[str, int], path: Place) -> None:
     """Raise ShardError for an index whose labels are not those that the manifest counts in its shard: samples by class index.
 
     The manifest's own lie in the class map, so that no label is one that a head has no logit for.
@@ -124,7 +130,7 @@ def require_labels(index: NDArray[Any], *, class_counts: Mapping[str, int], path
     )
 
 
-def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
+def read_member(descriptor: int, entry: Any, *, shard_path: Place) -> Member:
     """Read one image with its key: a single `pread` of its tar header and its bytes, checked against the crc32.
 
     The key comes from the index where that holds it, else from the header.
@@ -148,7 +154,7 @@ def read_member(descriptor: int, entry: Any, *, shard_path: Path) -> Member:
     return Member(sample_key, content)
 
 
-def read_key(descriptor: int, entry: Any, *, shard_path: Path) -> str:
+def read_key(descriptor: int, entry: Any, *, shard_path: Place) -> str:
     """Read only the key of a sample, from the index where that holds it, else from its tar header."""
     if sample_key := _key_of_entry(entry):
         return sample_key
@@ -166,7 +172,7 @@ def _key_of_entry(entry: Any) -> str:
     return entry["key"].tobytes().hex() if entry.dtype == FOREIGN_INDEX_DTYPE else ""
 
 
-def _key_of_header(header: bytes, offset: int, shard_path: Path) -> str:
+def _key_of_header(header: bytes, offset: int, shard_path: Place) -> str:
     """The sample key in a tar header: the member's name up to the first dot of its last component."""
     try:
         name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name

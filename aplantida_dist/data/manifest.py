@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -19,10 +21,14 @@ from pydantic import (
     model_serializer,
 )
 
+from aplantida_dist.data.address import Place
 from aplantida_dist.errors import UserError
-from aplantida_dist.files import digest, read_json, write_json
+from aplantida_dist.files import digest, read_json, write_json, write_whole
 
 MANIFEST_FILE = "manifest.json"
+IDENTITIES_FILE = "identities.bin"
+"""Beside the manifest, who its samples are, in the stored order: so that nobody has to read every shard's headers for it."""
+IDENTITY_DTYPE = np.dtype("<i8")
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val", "test")
 MAX_QUALITY = 95
@@ -76,9 +82,15 @@ class Shard(BaseModel):
         return (self.index_name,) if self.is_foreign else (self.name, self.index_name)
 
     def tar_path(self, split_dir: Path) -> Path:
-        """Where the tar lies: beside the manifest, or where its url says."""
-        if self.url is None:
-            return split_dir / self.name
+        """Where the tar of a dataset on this disk lies: beside the manifest, or where its url says."""
+        return split_dir / self.name if self.url is None else self._named_path()
+
+    def tar_place(self, split_dir: Place) -> Place:
+        """The same of a dataset anywhere."""
+        return split_dir / self.name if self.url is None else self._named_path()
+
+    def _named_path(self) -> Path:
+        assert self.url is not None
         return Path(os.fsdecode(unquote_to_bytes(self.url.removeprefix("file://"))))
 
     @model_serializer(mode="wrap")
@@ -182,7 +194,12 @@ def save_manifest(manifest: Manifest, split_dir: Path) -> None:
     write_json(split_dir / MANIFEST_FILE, manifest.model_dump(mode="json"))
 
 
-def load_manifest(path: Path) -> Manifest:
+def save_identities(identities: Iterable[int], split_dir: Path) -> None:
+    """Write the identities of a split's samples beside its manifest, in the stored order."""
+    write_whole(split_dir / IDENTITIES_FILE, np.fromiter(identities, dtype=IDENTITY_DTYPE).tobytes())
+
+
+def load_manifest(path: Place) -> Manifest:
     """Read a manifest and check that its totals agree with its shards."""
     manifest = parse_manifest(path)
     for fault in faults_of_totals(manifest):
@@ -190,7 +207,7 @@ def load_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def parse_manifest(path: Path) -> Manifest:
+def parse_manifest(path: Place) -> Manifest:
     """Read a manifest whose totals may be wrong: `shards/verify.py` goes on to its shards, everything else uses `load_manifest`."""
     remedy = "build the dataset with `python shards/build.py`"
     content = read_json(path, what="manifest", remedy=remedy)

@@ -13,6 +13,9 @@ from aplantida_dist.data.sampling import ClassSampling, IntArray
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 
+SHARDS_TOGETHER = 8
+"""Shards of the stored order that are brought before they are read, while as many are read."""
+
 
 class PlanError(UserError):
     """A plan that cannot be: no samples, or batch sizes that do not fit each other."""
@@ -147,20 +150,44 @@ class TrainPlan:
         """The blocks of an epoch, which all lanes go through side by side; the first lane is the longest."""
         return -(-self.lane_start(1) // self.lane_block_samples)
 
-    def shards_of_block(self, epoch: int, block: int, *, slots: range | None = None) -> IntArray:
-        """The shards that a block's samples lie in, each once, in their order in the epoch: int64; all of them, or those of some slots.
+    def blocks_of(self, at: Coordinates) -> tuple[int, int]:
+        """The first and the last block, counted over all epochs, that the samples of a step are drawn from."""
+        first = at.step_in_epoch * self.slots_per_lane * self.micro_batch_size
+        last = first + self._samples_in_lane(at.step_in_epoch, 0) - 1
+        before = at.epoch * self.blocks_per_epoch
+        return before + first // self.lane_block_samples, before + last // self.lane_block_samples
 
-        What a node reads is told by the slots of all its ranks. Left out is the padding of a lane that has no sample in the last
-        step: it comes from the first lane.
+    def shards_of_block(self, block: int, *, slots: range | None = None) -> IntArray:
+        """The shards that the samples of a block, counted over all epochs, lie in, each once, in their order in the epoch: int64.
+
+        Those of all lanes, or of the lanes of some slots: what a node reads is told by the slots of all its ranks. Left out is the
+        padding of a lane that has no sample in the last step: it comes from the first lane.
         """
-        order, in_block = _shard_order(self, epoch), np.zeros(len(self.shard_sizes), dtype=np.bool_)
-        ends = np.append(order.starts[1:], self.num_samples)
-        lanes = range(self.num_lanes) if slots is None else sorted({self.lane_of(slot) for slot in slots})
-        for lane in lanes:
-            first = self.lane_start(lane) + block * self.lane_block_samples
-            end = min(first + self.lane_block_samples, self.lane_start(lane + 1))
-            in_block |= (np.maximum(order.starts, first) < np.minimum(ends, end)) & (order.starts < ends)
-        return order.permutation[in_block]
+        epoch, in_epoch = divmod(block, self.blocks_per_epoch)
+        permutation, bounds = self.shard_bounds_of_blocks(epoch, slots=slots)
+        ordinals = [np.arange(firsts[in_epoch], ends[in_epoch]) for firsts, ends in bounds]
+        shards: IntArray = permutation[np.unique(np.concatenate(ordinals))]
+        return shards
+
+    def shard_bounds_of_blocks(
+        self, epoch: int, *, slots: range | None = None
+    ) -> tuple[IntArray, list[tuple[IntArray, IntArray]]]:
+        """The epoch's order of the shards that are not empty, and where in it those of each block begin and end, for each lane of these slots."""
+        order = _shard_order(self, epoch)
+        sizes = np.diff(order.starts, append=self.num_samples)
+        starts = order.starts[sizes > 0]
+        bounds = []
+        for lane in range(self.num_lanes) if slots is None else sorted({self.lane_of(slot) for slot in slots}):
+            lane_end = self.lane_start(lane + 1)
+            block_starts = (
+                self.lane_start(lane) + np.arange(self.blocks_per_epoch, dtype=np.int64) * self.lane_block_samples
+            )
+            block_ends = np.minimum(block_starts + self.lane_block_samples, lane_end)
+            ends = np.searchsorted(starts, block_ends, side="left")
+            # A lane may be a sample shorter than the first one, and so lack the last block.
+            firsts = np.where(block_starts < lane_end, np.searchsorted(starts, block_starts, side="right") - 1, ends)
+            bounds.append((firsts, ends))
+        return order.permutation[sizes > 0], bounds
 
     def _shuffle(self, epoch: int, lane: int, positions: IntArray) -> IntArray:
         """Map positions of a lane to places in the concatenation of the permuted shards, block by block."""
@@ -203,6 +230,25 @@ class StoredPlan:
         """
         rounds = -(-self.num_slots // world_size)
         return range(rank, rounds * world_size, world_size)
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        """Stretches of SHARDS_TOGETHER shards, which take the place that blocks have in training."""
+        return -(-len(self.shard_sizes) // SHARDS_TOGETHER)
+
+    def blocks_of(self, at: Coordinates) -> tuple[int, int]:
+        """The first and the last block that the samples of a slot lie in; an empty slot counts as the last one that is not."""
+        first = min(at.slot, self.num_slots - 1) * self.micro_batch_size
+        places = np.array([first, min(first + self.micro_batch_size, self.num_samples) - 1])
+        first_shard, last_shard = np.searchsorted(_starts(self.shard_sizes), places, side="right") - 1
+        return int(first_shard) // SHARDS_TOGETHER, int(last_shard) // SHARDS_TOGETHER
+
+    def shards_of_block(self, block: int) -> IntArray:
+        """The shards of a block that are not empty."""
+        shards = np.arange(len(self.shard_sizes), dtype=np.int64)[
+            block * SHARDS_TOGETHER : (block + 1) * SHARDS_TOGETHER
+        ]
+        return shards[self.shard_sizes[shards] > 0]
 
     def micro_batch(self, at: Coordinates) -> MicroBatch:
         """The samples of slot `at.slot`; epoch and step do not matter."""

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import tee
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from aplantida_dist.data.address import Place
+from aplantida_dist.data.ahead import Ahead
 from aplantida_dist.data.bad_sample import BadSample
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.decode import DecodeError
 from aplantida_dist.data.images import Transform
-from aplantida_dist.data.index import ChangedMemberError, ShardError, read_member, read_metadata
+from aplantida_dist.data.index import ChangedMemberError, Member, ShardError, read_member, read_metadata
 from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
 from aplantida_dist.data.work import Work
@@ -26,6 +29,8 @@ from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 from aplantida_dist.signals import held_back, outlive_requests
 
+MOST_TRIES = 3
+"""So often a sample is read from a cache whose files change under it."""
 MAX_OPEN_SHARDS = 512
 """File descriptors a worker keeps open; half of the usual limit of 1,024."""
 
@@ -152,7 +157,7 @@ class MicroBatches(Dataset[Batch]):
         entry = shard.index[member_index]
         offset, fault = int(entry["offset"]), ""
         try:
-            member = read_member(shard.descriptor, entry, shard_path=shard.path)
+            member = self._member(shard_index, member_index)
             reading_ns = time.perf_counter_ns() - started_ns
             sample_key = member.sample_key
             into.numpy()[:] = self.transform(member.content, augment_seed)
@@ -167,9 +172,23 @@ class MicroBatches(Dataset[Batch]):
                 ) from error
             fault = str(error)
         has_metadata = self.with_metadata and not fault
+        shard = self._shard(shard_index)  # it may have been brought again
         metadata = read_metadata(shard.descriptor, shard.index, member_index) if has_metadata else {}
         label, num_bytes = int(entry["label"]), int(entry["length"])
         return _Sample(sample_key, label, metadata, shard.path.name, offset, fault, reading_ns, num_bytes)
+
+    def _member(self, shard_index: int, member_index: int) -> Member:
+        """Read a sample; where a shard has changed in the cache since it came, it is brought again. Raises ShardError."""
+        cache, tries_left = self.split.cache, MOST_TRIES
+        while True:
+            shard, tries_left = self._shard(shard_index), tries_left - 1
+            try:
+                return read_member(shard.descriptor, shard.index[member_index], shard_path=shard.path)
+            except ShardError:
+                item = self.split.tar_item(shard_index)
+                if cache is None or not tries_left or not cache.discard_if_wrong(item, shard.descriptor):
+                    raise
+            self._open_shards.pop(shard_index).close()
 
     def _bad_among(self, samples: Sequence[_Sample], weights: Tensor, *, slot: int) -> tuple[BadSample, ...]:
         """The bad ones that are no padding."""
@@ -193,10 +212,17 @@ class MicroBatches(Dataset[Batch]):
         if shard_index in self._open_shards:
             self._open_shards.move_to_end(shard_index)
         else:
+            if self.split.cache is not None:
+                self._close_evicted()
             self._open_shards[shard_index] = _OpenShard(self.split, shard_index)
             if len(self._open_shards) > MAX_OPEN_SHARDS:
                 self._open_shards.popitem(last=False)[1].close()
         return self._open_shards[shard_index]
+
+    def _close_evicted(self) -> None:
+        """Close the shards that a cache has removed since: what is open takes room on the disk."""
+        for shard_index in [index for index, shard in self._open_shards.items() if shard.is_removed]:
+            self._open_shards.pop(shard_index).close()
 
 
 @dataclass(frozen=True)
@@ -217,9 +243,14 @@ class _OpenShard:
     """A shard's descriptor and its index."""
 
     def __init__(self, split: Split, shard_index: int) -> None:
-        self.path = split.shard_path(shard_index)
+        self.path: Place = split.shard_place(shard_index)
         self.index: NDArray[Any] = split.read_index(shard_index)
         self.descriptor = split.open_shard(shard_index)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file has no name any more."""
+        return os.fstat(self.descriptor).st_nlink == 0
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -238,11 +269,22 @@ def _stand_in(samples: Sequence[_Sample], pixels: Tensor, labels: Tensor, weight
             labels[place] = labels[place if good is None else good]
 
 
-def stream(micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, reading: Reading) -> Iterator[Batch]:
+def stream(
+    micro_batches: MicroBatches,
+    coordinates: Iterable[Coordinates],
+    *,
+    reading: Reading,
+    num_epochs: int = 1,
+    slots: range | None = None,
+) -> Iterator[Batch]:
     """Yield the micro-batches of the coordinates, in that order, read ahead by worker processes (with 0: by this one).
 
-    What is yielded does not depend on `reading`. Raises StreamError for the first sample that cannot be delivered.
+    What is yielded does not depend on `reading`. Of a cached split the next block is brought meanwhile, as far as the plan has
+    `num_epochs`: what the lanes of `slots` read, those that the coordinates have. Raises StreamError for the first sample that cannot be delivered.
     """
+    split, received = micro_batches.split, iter(coordinates)
+    if split.cache is not None:
+        coordinates, received = tee(coordinates)
     loader = DataLoader(
         micro_batches,
         sampler=coordinates,
@@ -255,11 +297,24 @@ def stream(micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, r
         generator=torch.Generator(),  # the loader draws a worker seed from it; the global generator stays untouched
     )
     with held_back():
-        batches = iter(loader)
+        batches: Iterator[Batch] = iter(loader)
+    if split.cache is not None:
+        ahead = Ahead(split, micro_batches.plan, cache=split.cache, num_epochs=num_epochs, slots=slots)
+        batches = _with_the_next_block(batches, received, ahead)
     for batch in batches:
         if batch.failure is not None:
             raise StreamError(batch.failure)
         yield batch
+
+
+def _with_the_next_block(batches: Iterator[Batch], coordinates: Iterator[Coordinates], ahead: Ahead) -> Iterator[Batch]:
+    """The same batches, while what they and the next block need is brought and kept."""
+    try:
+        for at in coordinates:
+            ahead.look(at)
+            yield next(batches)
+    finally:
+        ahead.close()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from aplantida_dist.data.classmap import CLASSES_FILE, ClassMap, load_class_map
 from aplantida_dist.data.manifest import (
+    IDENTITIES_FILE,
+    IDENTITY_DTYPE,
     MANIFEST_FILE,
     SPLITS,
     Manifest,
@@ -117,6 +121,10 @@ def _check_split(dataset_dir: Path, split: str, class_map: ClassMap | None) -> _
     if all(shard.is_whole for shard in shards):
         faults += _faults_of_licence(manifest, shards)
     damages = [Damage(place, fault) for fault in faults]
+    if not faults and not _has_right_identities(split_dir / IDENTITIES_FILE, shards):
+        damages.append(
+            Damage(f"{split}/{IDENTITIES_FILE}", "does not hold the identities of the samples in the shards")
+        )
     damages += [
         Damage(f"{split}/{name}", "does not belong to the dataset") for name in _extra_names(split_dir, manifest)
     ]
@@ -125,6 +133,14 @@ def _check_split(dataset_dir: Path, split: str, class_map: ClassMap | None) -> _
 
 def _identity_digest_of(shards: Iterable[ShardFinding]) -> str:
     return identity_digest(sum(identity_of(key) for shard in shards for key in shard.sample_keys))
+
+
+def _has_right_identities(path: Path, shards: Sequence[ShardFinding]) -> bool:
+    """Whether the file holds those of the shards, where they can be told; datasets from before there was one are sound without it."""
+    if not path.exists() or not all(shard.is_whole for shard in shards):
+        return True
+    expected = (identity_of(key) for shard in shards for key in shard.sample_keys)
+    return path.read_bytes() == np.fromiter(expected, dtype=IDENTITY_DTYPE).tobytes()
 
 
 def _faults_of_licence(manifest: Manifest, shards: Iterable[ShardFinding]) -> list[str]:
@@ -142,7 +158,7 @@ def _faults_of_licence(manifest: Manifest, shards: Iterable[ShardFinding]) -> li
 
 
 def _extra_names(split_dir: Path, manifest: Manifest) -> set[str]:
-    known = {MANIFEST_FILE} | {name for shard in manifest.shards for name in shard.file_names}
+    known = {MANIFEST_FILE, IDENTITIES_FILE} | {name for shard in manifest.shards for name in shard.file_names}
     return {entry.name for entry in split_dir.iterdir()} - known
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import tarfile
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,7 +19,15 @@ from typing import IO, Any
 import numpy as np
 
 from aplantida_dist.data.index import INDEX_DTYPE, keys_of_index
-from aplantida_dist.data.manifest import Manifest, Reencoding, Shard, identity_of, make_manifest, save_manifest
+from aplantida_dist.data.manifest import (
+    Manifest,
+    Reencoding,
+    Shard,
+    identity_of,
+    make_manifest,
+    save_identities,
+    save_manifest,
+)
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import reason_of
 from aplantida_dist.shards.behind import Behind
@@ -81,7 +90,7 @@ def write_split(
     with _told(split_dir, num_bytes=0):
         split_dir.mkdir()
     shards: list[Future[Shard]] = []
-    identity_sum = 0
+    identities = array("q")
     # The files close last: on the way out of an error a thread may still be writing.
     with ExitStack() as files, Behind(ahead=BLOCKS_AHEAD) as writing, Behind(ahead=SHARDS_AHEAD) as syncing:
         open_shard: _OpenShard | None = None
@@ -92,22 +101,23 @@ def write_split(
             if open_shard is None:
                 open_shard = _OpenShard(split_dir / f"shard-{len(shards):06d}.tar", writing=writing, files=files)
             open_shard.add(sample)
-            identity_sum += identity_of(sample.sample_key)
+            identities.append(identity_of(sample.sample_key))
         if open_shard is not None:
             shards.append(open_shard.finish(syncing))
         written = [shard.result() for shard in shards]
     for view in views:
         written.append(_write_view(view, split_dir / f"shard-{len(written):06d}.tar"))
-        identity_sum += sum(map(identity_of, keys_of_index(view.index)))
+        identities.extend(map(identity_of, keys_of_index(view.index)))
     manifest = make_manifest(
         split=split,
         class_map_digest=class_map_digest,
         shards=tuple(written),
-        identity_sum=identity_sum,
+        identity_sum=sum(identities),
         licence=licence,
         parent=parent,
         reencoding=reencoding,
     )
+    save_identities(identities, split_dir)
     save_manifest(manifest, split_dir)
     return manifest
 
