@@ -12,6 +12,7 @@ import torch
 from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.world import World, open_world
 from bench.audit import bench_audit
+from bench.augment import bench_augment
 from bench.build import bench_build
 from bench.finding import Finding
 from bench.index import bench_index
@@ -26,7 +27,7 @@ from bench.stop import bench_stop
 from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
-PARTS = ("loader", "loop", "totals", "plan", "index", "audit", "build", "report", "stop")
+PARTS = ("loader", "augment", "loop", "totals", "plan", "index", "audit", "build", "report", "stop")
 SLOW_PARTS = ("memory", "parity")
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
@@ -37,7 +38,7 @@ example:
 One thread a process, all on the CPU. CPU time is user + system of this process and its workers; a ratio is ours / the
 peer's, the median over the repeats. Every loader delivers the same pictures as normalised float32 batches of 64 at
 224 px with the same crop, flip and number of workers, from the page cache; ours ships uint8 and normalises in the main
-process, the peers in their workers. The index is of their shards, as if they were tars of others. Building is without its audit, from files in the page cache, in wall time: ours
+process, the peers in their workers. Augment is each augmentation of the training alone, on decoded pictures of 224. The index is of their shards, as if they were tars of others. Building is without its audit, from files in the page cache, in wall time: ours
 digests, indexes and syncs what it writes; the peers do none of it, and are measured with a sync and `tar` also without.
 The loop has mixup, clipping and EMA on both sides. Report is such steps with W&B online, to a stand-in of its server on
 this machine, beside steps without; stop is what it costs at each step to ask all ranks whether one was told to stop,
@@ -59,6 +60,8 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
     match part:
         case "loader":
             return bench_loader(_pictures(options), repeats=options.repeats)
+        case "augment":
+            return bench_augment(_pictures(options), repeats=options.repeats)
         case "index":
             return bench_index(_pictures(options), repeats=options.repeats)
         case "audit":

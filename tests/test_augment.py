@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, functional
 
 from aplantida_dist.config_file import load_config
 from aplantida_dist.data import augment_ops
@@ -29,6 +29,7 @@ from aplantida_dist.data.images import TrainTransform
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.recipe import augmentations_of
+from aplantida_dist.seeds import derive
 from tests.pictures import draw
 from tests.ranks import command_on_ranks
 from tests.runs import write_config
@@ -88,6 +89,26 @@ def test_trivialaugment_has_the_numbers_of_torchvision() -> None:
                     picture, name, sign * number, interpolation=bilinear, fill=list(augment_ops.FILL)
                 )
                 assert min(np.abs(mine - np.asarray(theirs)).mean() for mine in ours) < 0.1, (name, place, sign)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_has_no_levels_is_what_torchvision_and_timm_do(seed: int) -> None:
+    """Jitter, rotation, flip and blur by the numbers that the seed draws are their functions, to the bit."""
+    picture = photograph(96)
+    jitter, rotation, blur = (random.Random(derive(seed, name)) for name in ("color_jitter", "rotation", "blur"))
+    adjusted = picture
+    acts = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    for act in jitter.sample(acts, 3):
+        adjusted = act(adjusted, jitter.uniform(0.6, 1.4))
+    assert distance(ColorJitter(0.4)(picture, seed), adjusted) == 0
+    turned = functional.rotate(
+        picture, rotation.uniform(-20.0, 20.0), InterpolationMode.BILINEAR, fill=list(augment_ops.FILL)
+    )
+    assert distance(Rotation(20.0)(picture, seed), turned) == 0
+    assert distance(VerticalFlip(1.0)(picture, seed), functional.vflip(picture)) == 0
+    blur.random()
+    blurred = auto_augment.gaussian_blur(picture, blur.uniform(0.1, 2.0))
+    assert distance(Blur(1.0)(picture, seed), blurred) == 0
 
 
 @pytest.mark.parametrize("name", ALL)
