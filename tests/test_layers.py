@@ -79,7 +79,7 @@ LAYERS = [
     ["init_from", "teachers"],
     ["origin", "soft_objective"],
     ["evaluation", "recipe", "soft_labelling"],
-    ["trainer", "ground"],
+    ["trainer", "ground", "replay"],
     ["compose"],
     ["batch_size"],
     ["train", "evaluate", "soft_labels"],

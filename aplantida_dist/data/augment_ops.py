@@ -6,6 +6,7 @@ The numbers that their levels stand for are timm's (`timm/data/auto_augment.py`,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,6 +70,11 @@ def sharpness(picture: Image.Image, factor: float) -> Image.Image:
     return ImageEnhance.Sharpness(picture).enhance(factor)
 
 
+def solarize(picture: Image.Image, threshold: float) -> Image.Image:
+    """Turn the values that are not below the threshold into their negative."""
+    return ImageOps.solarize(picture, math.ceil(threshold))
+
+
 def solarize_add(picture: Image.Image, amount: float) -> Image.Image:
     """Make the darker half of the values brighter."""
     table = [min(255, value + int(amount)) if value < 128 else value for value in range(256)]
@@ -101,7 +107,7 @@ RANDAUGMENT = (
     Op(lambda picture, _: ImageOps.invert(picture)),
     # timm keeps 0 bits at level 1, which is black, and which Pillow refuses since 12.
     Op(posterize, lambda level: max(1, 4 - int(4 * level))),
-    Op(ImageOps.solarize, lambda level: 256 - int(256 * level)),
+    Op(solarize, lambda level: 256 - int(256 * level)),
     Op(solarize_add, lambda level: int(110 * level)),
     *_enhancements(lambda level: max(0.1, 1 + 0.9 * level)),
     *_movements(shear=0.3, shift=0.45, degrees=30),
@@ -113,7 +119,7 @@ TRIVIALAUGMENT = (
     _AUTO_CONTRAST,
     _EQUALIZE,
     Op(posterize, lambda level: 8 - round(6 * level)),
-    Op(ImageOps.solarize, lambda level: 255 * (1 - level)),
+    Op(solarize, lambda level: 255 * (1 - level)),
     *_enhancements(lambda level: 1 + 0.99 * level),
     *_movements(shear=0.99, shift=32 / 224, degrees=135),
 )
