@@ -58,7 +58,13 @@ def run_dir(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return config.parent / "run"
 
 
-@pytest.mark.parametrize("extra", [[], ["data.sampling_exponent=0.0", "data.num_workers=1"]], ids=["plain", "sampled"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param([], id="plain", marks=pytest.mark.slow),
+        pytest.param(["data.sampling_exponent=0.0", "data.num_workers=1"], id="sampled"),
+    ],
+)
 def test_the_pictures_are_those_that_the_model_saw(dataset_dir: Path, tmp_path: Path, extra: list[str]) -> None:
     """Pixel for pixel, with every augmentation on, across an epoch's ragged end; the lines name step, slot, key, label, shard and file."""
     overrides = [*EVERYTHING, *extra]
