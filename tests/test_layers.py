@@ -26,6 +26,7 @@ LAYERS = [
         "terminal",
         "data.frequency",
         "data.augment_ops",
+        "data.shard_columns",
         "beat",
         "board",
         "processes",
