@@ -23,12 +23,13 @@ from bench.parity import bench_parity
 from bench.pictures import Pictures, prepare_pictures
 from bench.plan import bench_plan
 from bench.report import bench_report
+from bench.scale import bench_scale
 from bench.stop import bench_stop
 from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
 PARTS = ("loader", "augment", "loop", "totals", "plan", "index", "audit", "build", "report", "stop")
-SLOW_PARTS = ("memory", "parity")
+SLOW_PARTS = ("memory", "parity", "scale")
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
 EXAMPLE = """\
@@ -76,6 +77,12 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
             return bench_parity(CACHE_DIR, world=_open_world(), num_seeds=options.seeds)
         case "report":
             return bench_report(repeats=options.repeats)
+        case "scale":
+            return [
+                finding
+                for classes_a_shard in (10, 100)
+                for finding in bench_scale(CACHE_DIR, num_shards=options.shards, classes_a_shard=classes_a_shard)
+            ]
         case "stop":
             return bench_stop(repeats=options.repeats)
         case "totals":
@@ -105,7 +112,7 @@ def _parser() -> CommandParser:
         "--only",
         action="append",
         choices=PARTS + SLOW_PARTS,
-        help="run this part; give it again for another (default: all but memory and parity)",
+        help="run this part; give it again for another (default: all but memory, parity and scale)",
     )
     parser.add_argument(
         "--repeats", type=count, default=5, help="how often each is measured, or a multiple of it (default %(default)s)"
@@ -116,6 +123,9 @@ def _parser() -> CommandParser:
         type=count,
         default=100_000,
         help="how many records memory builds, 2 at least (default %(default)s)",
+    )
+    parser.add_argument(
+        "--shards", type=count, default=100_000, help="of how many shards scale makes a manifest (default %(default)s)"
     )
     parser.add_argument(
         "--seeds", type=count, default=5, help="how many seeds parity trains, 2 at least (default %(default)s)"

@@ -194,9 +194,10 @@ class Manifest(BaseModel):
         rest = canonical_json(self.model_dump(mode="json", exclude={"shards"}) | {"shards": []})
         before, after = rest.split(_NO_SHARDS)
         found = hashlib.sha256(before)
-        for number, shard in enumerate(self.shards):
-            found.update(b"," if number else _NO_SHARDS[:-1])
-            found.update(canonical_json(shard.model_dump(mode="json", exclude={"url"})))
+        for number in range(len(self.shards)):
+            fields = self.shards.columns.row(number)
+            del fields["url"]
+            found.update((b"," if number else _NO_SHARDS[:-1]) + canonical_json(fields))
         found.update((b"]" if len(self.shards) else _NO_SHARDS) + after)
         return found.hexdigest()
 
