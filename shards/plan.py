@@ -18,7 +18,7 @@ from aplantida_dist.data.sampling import ClassSampling
 from aplantida_dist.errors import UserError
 
 EXAMPLE = """\
-examples: which samples were in step 1234 of a run, and on which of its 8 ranks? What did the model see there?
+example: which samples were in step 1234 of a run, and on which of its 8 ranks? What did the model see there?
   python shards/plan.py shards/global --split train --steps 1234:1235 --global-batch-size 256 --micro-batch-size 32 --world-size 8
   python shards/plan.py --run runs/teacher_global --steps 1234:1235 --extract step_1234
 """
