@@ -110,6 +110,24 @@ class DataSection(Section):
     """Smallest and largest width / height of a training crop, above 0. Source: Szegedy et al. 2015."""
     horizontal_flip: Share = 0.5
     """Probability that a training picture is mirrored, in [0, 1]. Source: ImageNet practice."""
+    vertical_flip: Share = 0.0
+    """Probability that a training picture is turned upside down, in [0, 1]. Source: timm's `--vflip`."""
+    rotation: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
+    """Degrees up to which a training picture is turned either way, from 0 to 180. Source: torchvision's RandomRotation."""
+    augment: Literal["randaugment", "trivialaugment"] | None = None
+    """Which ops, drawn for each training picture: `randaugment` (Cubuk et al. 2020, as timm's `rand-m9-mstd0.5-inc1`) or `trivialaugment`
+    (Müller and Hutter 2021, as torchvision's TrivialAugmentWide)."""
+    augment_ops: Count = 2
+    """Ops that randaugment draws for a picture, each taken with probability ½; at least 1. Source: timm's `n`."""
+    augment_magnitude: Annotated[float, Field(ge=0.0, le=10.0)] = 9.0
+    """How strong they are, from 0 to 10. Source: timm's `m`, 9 in its recipes."""
+    augment_magnitude_std: Annotated[float, Field(ge=0.0)] = 0.5
+    """Standard deviation with which that is drawn for each of them, at least 0. Source: timm's `mstd`."""
+    color_jitter: Share = 0.0
+    """How far the brightness, contrast and saturation of a training picture may be from their own, in [0, 1]: x is a factor from
+    1 - x to 1 + x. It acts beside `augment` too, where timm's `--color-jitter` would not."""
+    blur: Share = 0.0
+    """Probability that a training picture is blurred, by a Gaussian of 0.1 to 2 pixels, in [0, 1]. Source: SimCLR (Chen et al. 2020)."""
     random_erasing: Share = 0.0
     """Probability that a rectangle of a training picture becomes random pixels, in [0, 1]. Source: Zhong et al. 2017."""
     sampling_exponent: Share = 1.0

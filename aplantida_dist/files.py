@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,13 +96,16 @@ class Readable(Protocol):
     def read_bytes(self) -> bytes: ...
 
 
-def read_json(path: Readable, *, what: str, remedy: str) -> Any:
-    """Read a JSON file; `what` names it and `remedy` says what to do, should it be absent or broken."""
+def read_json(
+    path: Readable, *, what: str, remedy: str, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
+    """Read a JSON file; `what` names it and `remedy` says what to do, should it be absent or broken. `object_hook` is that of `json`."""
     try:
         raw = path.read_bytes()
-        content = json.loads(raw)
-        if b"\\ud" in raw.lower():  # half a surrogate pair can be stated, and is no text that could be written again
-            json.dumps(content, ensure_ascii=False).encode()
+        content = json.loads(raw, object_hook=object_hook)
+        # Half a surrogate pair can be stated, and is no text that could be written again. What a hook made has none.
+        if b"\\ud" in raw or b"\\uD" in raw:
+            json.dumps(content, ensure_ascii=False, default=repr).encode()
         return content
     except FileNotFoundError:
         raise UserError(f"{path}: no {what} here; {remedy}") from None

@@ -12,6 +12,15 @@ from torch import nn
 
 from aplantida_dist.config import Config
 from aplantida_dist.data.address import place_of
+from aplantida_dist.data.augment import (
+    Augmentation,
+    Blur,
+    ColorJitter,
+    RandAugment,
+    Rotation,
+    TrivialAugment,
+    VerticalFlip,
+)
 from aplantida_dist.data.cache import Cache
 from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.dataset import Dataset, Split, open_dataset
@@ -145,8 +154,29 @@ def transforms_of(config: Config, pixels: PixelConvention) -> tuple[TrainTransfo
         horizontal_flip=data.horizontal_flip,
         random_erasing=data.random_erasing,
         interpolation=pixels.interpolation,
+        augmentations=augmentations_of(config),
     )
     return train_transform, evaluation_transform_of(config, pixels)
+
+
+def augmentations_of(config: Config) -> tuple[Augmentation, ...]:
+    """What else is done to a training picture, in timm's order; what is off is not there. RandAugment alone reads the keys of its strength."""
+    data = config.data
+    augmentations: list[Augmentation] = []
+    if data.vertical_flip:
+        augmentations.append(VerticalFlip(data.vertical_flip))
+    if data.rotation:
+        augmentations.append(Rotation(data.rotation))
+    match data.augment:
+        case "randaugment":
+            augmentations.append(RandAugment(data.augment_ops, data.augment_magnitude, data.augment_magnitude_std))
+        case "trivialaugment":
+            augmentations.append(TrivialAugment())
+    if data.color_jitter:
+        augmentations.append(ColorJitter(data.color_jitter))
+    if data.blur:
+        augmentations.append(Blur(data.blur))
+    return tuple(augmentations)
 
 
 def evaluation_transform_of(config: Config, pixels: PixelConvention) -> EvaluationTransform:

@@ -12,6 +12,7 @@ import torch
 from aplantida_dist.command import CommandParser, count, run_command
 from aplantida_dist.world import World, open_world
 from bench.audit import bench_audit
+from bench.augment import bench_augment
 from bench.build import bench_build
 from bench.finding import Finding
 from bench.index import bench_index
@@ -23,12 +24,13 @@ from bench.parity import bench_parity
 from bench.pictures import Pictures, prepare_pictures
 from bench.plan import bench_plan
 from bench.report import bench_report
+from bench.scale import bench_scale
 from bench.stop import bench_stop
 from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
-PARTS = ("loader", "loop", "totals", "plan", "lanes", "index", "audit", "build", "report", "stop")
-SLOW_PARTS = ("memory", "parity")
+PARTS = ("loader", "augment", "loop", "totals", "plan", "lanes", "index", "audit", "build", "report", "stop")
+SLOW_PARTS = ("memory", "parity", "scale")
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
 EXAMPLE = """\
@@ -38,7 +40,7 @@ example:
 One thread a process, all on the CPU. CPU time is user + system of this process and its workers; a ratio is ours / the
 peer's, the median over the repeats. Every loader delivers the same pictures as normalised float32 batches of 64 at
 224 px with the same crop, flip and number of workers, from the page cache; ours ships uint8 and normalises in the main
-process, the peers in their workers. The index is of their shards, as if they were tars of others. Building is without its audit, from files in the page cache, in wall time: ours
+process, the peers in their workers. Augment is each augmentation of the training alone, on decoded pictures of 224. The index is of their shards, as if they were tars of others. Building is without its audit, from files in the page cache, in wall time: ours
 digests, indexes and syncs what it writes; the peers do none of it, and are measured with a sync and `tar` also without.
 The loop has mixup, clipping and EMA on both sides. Report is such steps with W&B online, to a stand-in of its server on
 this machine, beside steps without; stop is what it costs at each step to ask all ranks whether one was told to stop,
@@ -60,6 +62,8 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
     match part:
         case "loader":
             return bench_loader(_pictures(options), repeats=options.repeats)
+        case "augment":
+            return bench_augment(_pictures(options), repeats=options.repeats)
         case "index":
             return bench_index(_pictures(options), repeats=options.repeats)
         case "audit":
@@ -76,6 +80,12 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
             return bench_parity(CACHE_DIR, world=_open_world(), num_seeds=options.seeds)
         case "report":
             return bench_report(repeats=options.repeats)
+        case "scale":
+            return [
+                finding
+                for classes_a_shard in (10, 100)
+                for finding in bench_scale(CACHE_DIR, num_shards=options.shards, classes_a_shard=classes_a_shard)
+            ]
         case "stop":
             return bench_stop(repeats=options.repeats)
         case "totals":
@@ -105,7 +115,7 @@ def _parser() -> CommandParser:
         "--only",
         action="append",
         choices=PARTS + SLOW_PARTS,
-        help="run this part; give it again for another (default: all but memory and parity)",
+        help="run this part; give it again for another (default: all but memory, parity and scale)",
     )
     parser.add_argument(
         "--repeats", type=count, default=5, help="how often each is measured, or a multiple of it (default %(default)s)"
@@ -116,6 +126,9 @@ def _parser() -> CommandParser:
         type=count,
         default=100_000,
         help="how many records memory builds, 2 at least (default %(default)s)",
+    )
+    parser.add_argument(
+        "--shards", type=count, default=100_000, help="of how many shards scale makes a manifest (default %(default)s)"
     )
     parser.add_argument(
         "--seeds", type=count, default=5, help="how many seeds parity trains, 2 at least (default %(default)s)"

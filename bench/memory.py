@@ -22,6 +22,7 @@ from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.jsonl import read_jsonl
 from aplantida_dist.shards.writer import ShardLimits
 from bench.finding import Finding, Goal, alone
+from bench.peak import peak_mib
 
 MILLION = 1_000_000
 NUM_CLASSES = 7120
@@ -87,13 +88,13 @@ def _build_and_print_peaks(records_path: Path, dataset_dir: Path) -> None:
     is_over = threading.Event()
     watcher = threading.Thread(target=_watch_workers, args=(worker_peaks, is_over))
     source = read_jsonl(records_path, records_path.parent)
-    listed = _peak_mib("self")
+    listed = peak_mib("self")
     watcher.start()
     options = BuildOptions(seed=0, limits=ShardLimits(), num_workers=NUM_WORKERS, replace=False, near_distance=2)
     build_dataset(source, dataset_dir, options=options)
     is_over.set()
     watcher.join()
-    print(json.dumps(asdict(Peaks(listed, _peak_mib("self"), max(worker_peaks)))))
+    print(json.dumps(asdict(Peaks(listed, peak_mib("self"), max(worker_peaks)))))
 
 
 def _watch_workers(peaks: list[float], is_over: threading.Event) -> None:
@@ -101,15 +102,7 @@ def _watch_workers(peaks: list[float], is_over: threading.Event) -> None:
         for worker in multiprocessing.active_children():
             # It may have ended since it was listed.
             with suppress(FileNotFoundError, ProcessLookupError):
-                peaks.append(_peak_mib(str(worker.pid)))
-
-
-def _peak_mib(process: str) -> float:
-    """The high-water mark of a process's own memory. The system's `ru_maxrss` begins with that of the process which started it."""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return 0.0  # it has ended, and not been waited for
+                peaks.append(peak_mib(str(worker.pid)))
 
 
 def bench_memory(cache_dir: Path, *, num_records: int) -> list[Finding]:

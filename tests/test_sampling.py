@@ -23,7 +23,7 @@ from aplantida_dist.data.sampling import ClassSampling
 from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
 from tests.laws import last_step, require_exact_resume, require_same_on_two_ranks, run_whole, train, weights_at
 from tests.ranks import command_on_ranks
-from tests.runs import rows_of, write_config
+from tests.runs import cut_back, rows_of, write_config
 
 ROOT = Path(__file__).parents[1]
 BALANCED = ["data.sampling_exponent=0.0"]
@@ -152,6 +152,42 @@ def test_a_resume_is_exact(whole: Path, stop: int) -> None:
 def test_ranks_do_not_matter(whole: Path) -> None:
     """Law 3 and 4."""
     require_same_on_two_ranks(whole, whole.parent / "config.yaml", BALANCED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "chosen",
+    [BALANCED, ["data.sampling_exponent=0.5"], ["--max-samples", "40"], ["--max-samples", "40", *BALANCED], "subset"],
+    ids=["class-balanced", "square-root", "limited", "limited and balanced", "subset"],
+)
+def test_coverage_follows_on_any_ranks_and_through_a_move(
+    chosen: list[str] | str, dataset_dir: Path, tmp_path: Path
+) -> None:
+    """1, 2 and 3 ranks, and a run that is stopped in mid-epoch twice and goes on with other ranks, prove the same samples by the same counts."""
+    if chosen == "subset":
+        told = ["--from-dataset", dataset_dir, "--where", "latin_name=Acer campestre,Daphne mezereum"]
+        (built,) = command_on_ranks(1, "shards.build", [*told, "--out", tmp_path / "subset"], tmp_path)
+        assert built.code == 0, built.stderr
+    config = write_config(tmp_path / "config.yaml", tmp_path / "subset" if chosen == "subset" else dataset_dir)
+    arguments = [*([] if chosen == "subset" else chosen), "checkpoint.every_steps=1", "checkpoint.keep_last=100"]
+
+    def coverage_of(run_dir: Path) -> list[dict[str, object]]:
+        names = {"num_samples", "expected_samples", "distinct_samples", "void_samples", "identity_digest"}
+        return [
+            {name: row[split][name] for name in sorted(names & row[split].keys())}
+            for row in rows_of(run_dir)
+            for split in ("train", "val")
+        ]
+
+    for world_size in (1, 2, 3):
+        train(world_size, config, tmp_path / f"on_{world_size}", *arguments)
+    whole = coverage_of(tmp_path / "on_1")
+    steps = last_step(tmp_path / "on_1")
+    for stop, world_size in ((steps // 3 + 1, 3), (2 * steps // 3 + 1, 2)):
+        cut_back(tmp_path / "on_1", step=stop)
+        train(world_size, config, tmp_path / "on_1", *arguments)
+    assert all(row["num_samples"] == row["expected_samples"] for row in whole)
+    assert whole == coverage_of(tmp_path / "on_2") == coverage_of(tmp_path / "on_3") == coverage_of(tmp_path / "on_1")
 
 
 def test_a_row_holds_whom_the_epoch_drew(whole: Path, dataset_dir: Path) -> None:

@@ -79,6 +79,7 @@ def nothing(*on: str, beside: Sequence[str] = ()) -> Acts:
 BEGUN = ("model.init_from={teacher}",)
 TAUGHT = ("distillation.teachers=[{teacher}]",)
 STORED = ("soft_labels.files=[{soft}]",)
+RANDAUGMENT = ("data.augment=randaugment",)
 MIXED = ("mixing.mixup_alpha=0.8",)
 UNCLIPPED = ("train.clip_norm=null",)
 
@@ -91,6 +92,14 @@ KEYS: dict[str, Acts | Shown] = {
     "data.crop_scale": pictures("data.crop_scale=[0.9, 1.0]"),
     "data.crop_ratio": pictures("data.crop_ratio=[1.0, 1.0]"),
     "data.horizontal_flip": pictures("data.horizontal_flip=1.0"),
+    "data.vertical_flip": pictures("data.vertical_flip=1.0"),
+    "data.rotation": pictures("data.rotation=20.0"),
+    "data.augment": pictures("data.augment=trivialaugment"),
+    "data.augment_ops": pictures("data.augment_ops=4", beside=RANDAUGMENT),
+    "data.augment_magnitude": pictures("data.augment_magnitude=3.0", beside=RANDAUGMENT),
+    "data.augment_magnitude_std": pictures("data.augment_magnitude_std=3.0", beside=RANDAUGMENT),
+    "data.color_jitter": pictures("data.color_jitter=0.4"),
+    "data.blur": pictures("data.blur=1.0"),
     "data.random_erasing": pictures("data.random_erasing=1.0"),
     "data.sampling_exponent": pictures("data.sampling_exponent=0.0"),
     "data.num_workers": nothing("data.num_workers=2"),

@@ -118,7 +118,7 @@ class Split:
     @cached_property
     def shard_sizes(self) -> IntArray:
         """int64 [shards], the samples to read of each shard in the manifest's order."""
-        sizes = np.array([shard.num_samples for shard in self.manifest.shards], dtype=np.int64)
+        sizes = self.manifest.shards.sizes
         if self.max_samples is None:
             return sizes
         before = np.concatenate(([0], np.cumsum(sizes)[:-1]))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from aplantida_dist.data.augment import Augmentation
 from aplantida_dist.data.decode import decode
 
 Pixels = NDArray[np.uint8]
@@ -25,10 +26,10 @@ _ERASED_LOG_RATIO = (math.log(0.3), -math.log(0.3))
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop (Szegedy et al. 2015, as in torchvision), horizontal flip, and random erasing (Zhong et al. 2017).
+    """Random resized crop (Szegedy et al. 2015, as in torchvision), horizontal flip, augmentations, random erasing (Zhong et al. 2017).
 
     crop_scale: share of the picture's area, smallest and largest. crop_ratio: width / height, drawn log-uniformly.
-    horizontal_flip and random_erasing are probabilities.
+    horizontal_flip and random_erasing are probabilities. augmentations act in their order, each on what the one before left.
     """
 
     image_size: int
@@ -37,6 +38,7 @@ class TrainTransform:
     horizontal_flip: float
     random_erasing: float
     interpolation: Interpolation
+    augmentations: tuple[Augmentation, ...] = ()
 
     def __call__(self, content: bytes, seed: int) -> Pixels:
         """Return uint8 [image_size, image_size, 3]; what is drawn depends on the seed alone."""
@@ -47,6 +49,8 @@ class TrainTransform:
         is_flipped = random.random() < self.horizontal_flip
         # Pillow mirrors in 30 µs; copying an array with a negative stride takes 240.
         picture = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else resized
+        for augmentation in self.augmentations:
+            picture = augmentation(picture, seed)
         # Drawn last, so that crop and flip are the same with and without it.
         if random.random() < self.random_erasing:
             _erase(picture, random)

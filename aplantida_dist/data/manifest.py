@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, overload
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
 )
+from pydantic_core import core_schema
 
 from aplantida_dist.data.address import Place
+from aplantida_dist.data.shard_columns import ShardColumns
 from aplantida_dist.errors import UserError
-from aplantida_dist.files import digest, read_json, write_json, write_whole
+from aplantida_dist.files import canonical_json, read_json, write_json, write_whole
 
 MANIFEST_FILE = "manifest.json"
 IDENTITIES_FILE = "identities.bin"
@@ -33,6 +38,10 @@ MANIFEST_VERSION = 1
 SPLITS = ("train", "val", "test")
 MAX_QUALITY = 95
 """Of a JPEG: above it the bytes grow and the picture hardly gains."""
+
+
+_NO_SHARDS = b'"shards":[]'
+"""As canonical JSON has it. Inside of a text the quotation marks would be escaped."""
 
 
 class ManifestError(UserError):
@@ -102,6 +111,57 @@ class Shard(BaseModel):
         return content
 
 
+class Shards(Sequence[Shard]):
+    """The shards of a manifest: a sequence that keeps columns, and makes a shard when it is asked for one."""
+
+    def __init__(self, shards: Iterable[Shard] = ()) -> None:
+        self._columns = ShardColumns()
+        for shard in shards:
+            self.add(shard)
+
+    def add(self, shard: Shard) -> int:
+        """Lay a shard behind the others; returns its place."""
+        return self._columns.add(**dict(shard))
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """int64 [shards], the samples of each."""
+        return np.array(self._columns.num_samples, dtype=np.int64)
+
+    @property
+    def columns(self) -> ShardColumns:
+        """What sums over all shards go by."""
+        return self._columns
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    @overload
+    def __getitem__(self, at: int) -> Shard: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Shard, ...]: ...
+    def __getitem__(self, at: int | slice) -> Shard | tuple[Shard, ...]:
+        places = range(len(self))[at]
+        if isinstance(places, range):
+            return tuple(self[place] for place in places)
+        return Shard.model_construct(**self._columns.row(places))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Shards are taken as they are, anything else as a tuple of them, with its errors."""
+        rows = core_schema.tuple_variable_schema(handler.generate_schema(Shard), strict=False)
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, validate: value if isinstance(value, cls) else cls(validate(value)),
+            rows,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda shards: [shard.model_dump(mode="json") for shard in shards]
+            ),
+        )
+
+
 class Reencoding(BaseModel):
     """How pictures were made smaller: those whose longer side exceeded `max_side` pixels are JPEGs of this side and quality."""
 
@@ -127,7 +187,7 @@ class Manifest(BaseModel):
     num_samples: Count
     identity_digest: str = Field(pattern=r"^[0-9a-f]{16}$")
     class_counts: ClassCounts
-    shards: tuple[Shard, ...] = Field(strict=False)
+    shards: Shards
     licence: str | None = None
     parent: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     reencoding: Reencoding | None = None
@@ -141,7 +201,15 @@ class Manifest(BaseModel):
     @property
     def digest(self) -> str:
         """The sha256 of the content: what a checkpoint and the history remember a split by. Where foreign tars lie is no part of it."""
-        return digest(self.model_dump(mode="json", exclude={"shards": {"__all__": {"url"}}}))
+        rest = canonical_json(self.model_dump(mode="json", exclude={"shards"}) | {"shards": []})
+        before, after = rest.split(_NO_SHARDS)
+        found = hashlib.sha256(before)
+        for number in range(len(self.shards)):
+            fields = self.shards.columns.row(number)
+            del fields["url"]
+            found.update((b"," if number else _NO_SHARDS[:-1]) + canonical_json(fields))
+        found.update((b"]" if len(self.shards) else _NO_SHARDS) + after)
+        return found.hexdigest()
 
     def counts_of_classes(self, num_classes: int) -> list[int]:
         """Samples of each class index, 0 for classes that this split does not hold."""
@@ -165,24 +233,22 @@ def make_manifest(
     *,
     split: str,
     class_map_digest: str,
-    shards: tuple[Shard, ...],
+    shards: Iterable[Shard],
     identity_sum: int,
     licence: str | None = None,
     parent: str | None = None,
     reencoding: Reencoding | None = None,
 ) -> Manifest:
     """Assemble a manifest; its totals are the sums over its shards."""
-    class_counts: Counter[str] = Counter()
-    for shard in shards:
-        class_counts.update(shard.class_counts)
+    table = shards if isinstance(shards, Shards) else Shards(shards)
     return Manifest(
         version=MANIFEST_VERSION,
         split=split,
         class_map_digest=class_map_digest,
-        num_samples=sum(shard.num_samples for shard in shards),
+        num_samples=table.columns.total_samples(),
         identity_digest=identity_digest(identity_sum),
-        class_counts=dict(sorted(class_counts.items(), key=lambda item: int(item[0]))),
-        shards=shards,
+        class_counts=table.columns.totals_of_classes(),
+        shards=table,
         licence=licence,
         parent=parent,
         reencoding=reencoding,
@@ -210,9 +276,10 @@ def load_manifest(path: Place) -> Manifest:
 def parse_manifest(path: Place) -> Manifest:
     """Read a manifest whose totals may be wrong: `shards/verify.py` goes on to its shards, everything else uses `load_manifest`."""
     remedy = "build the dataset with `python shards/build.py`"
-    content = read_json(path, what="manifest", remedy=remedy)
+    reading = _Reading()
+    content = read_json(path, what="manifest", remedy=remedy, object_hook=reading.take)
     try:
-        manifest = Manifest.model_validate(content)
+        manifest = Manifest.model_validate(reading.put_in_place(content))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -224,24 +291,56 @@ def parse_manifest(path: Place) -> Manifest:
     return manifest
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What stands in for a shard of a manifest that is being read: its place among those that were taken out of it."""
+
+    number: int
+
+
+class _Reading:
+    """The reading of a manifest: each shard is checked and laid into columns when its text is parsed, so that all are never objects at once.
+
+    What is no sound shard is left where it stands, and the errors are those that it would have without.
+    """
+
+    def __init__(self) -> None:
+        self._shards = Shards()
+
+    def take(self, content: dict[str, Any]) -> Any:
+        """Called with each object of the text, the innermost first."""
+        if "index_sha256" not in content:
+            return content
+        try:
+            return _Place(self._shards.add(Shard.model_validate(content)))
+        except ValidationError:
+            return content
+
+    def put_in_place(self, content: Any) -> Any:
+        """The parsed content with its shards in it again."""
+        shards = content.get("shards") if isinstance(content, dict) else None
+        if not isinstance(shards, list):
+            return content
+        if shards == [_Place(number) for number in range(len(self._shards))]:
+            return content | {"shards": self._shards}
+        given_back = [self._shards[shard.number] if isinstance(shard, _Place) else shard for shard in shards]
+        return content | {"shards": given_back}
+
+
 def faults_of_totals(manifest: Manifest) -> list[str]:
     """What the manifest says that contradicts itself: totals that are not the sums over the shards, a shard named twice."""
     faults = []
-    rebuilt = make_manifest(
-        split=manifest.split,
-        class_map_digest=manifest.class_map_digest,
-        shards=manifest.shards,
-        identity_sum=int(manifest.identity_digest, 16),
-    )
-    if rebuilt.num_samples != manifest.num_samples:
-        faults.append(f"states {manifest.num_samples} samples, its shards add up to {rebuilt.num_samples}")
-    if rebuilt.class_counts != manifest.class_counts:
+    columns = manifest.shards.columns
+    if (num_samples := columns.total_samples()) != manifest.num_samples:
+        faults.append(f"states {manifest.num_samples} samples, its shards add up to {num_samples}")
+    if columns.totals_of_classes() != manifest.class_counts:
         faults.append("the class counts are not the sums over the shards")
-    for shard in manifest.shards:
-        if sum(shard.class_counts.values()) != shard.num_samples:
-            faults.append(
-                f"{shard.name} states {shard.num_samples} samples but its classes add up to {sum(shard.class_counts.values())}"
-            )
-    if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
+    of_shards = zip(columns.names, columns.num_samples, columns.totals_of_shards(), strict=True)
+    faults += [
+        f"{name} states {stated} samples but its classes add up to {found}"
+        for name, stated, found in of_shards
+        if found != stated
+    ]
+    if len(set(columns.names)) != len(columns.names):
         faults.append("a shard name stands more than once")
     return faults
