@@ -106,6 +106,7 @@ def main() -> int:
         whole = Supervisor(options.launcher, arguments, disk / "whole", folder / "of_whole", beside=wandb.pid)
         held.callback(whole.end)
         epochs, steps_per_epoch = _train_undisturbed(whole, seconds=calm_s, least_steps=STEPS_A_FAULT * num_faults)
+        epochs_per_min = epochs / whole.lives.minutes
         print(f"undisturbed: {epochs} epochs of {steps_per_epoch} steps; now with {num_faults} faults", flush=True)
 
         arguments += [f"train.epochs={epochs}"]
@@ -125,16 +126,16 @@ def main() -> int:
             *same_weights(whole.run_dir, broken.run_dir, step=last_step),
             _fill_wandb_up(scene),
             all_fired(fired),
-            *well_behaved(broken),
-            *flat(whole.lives, of="undisturbed"),
-            *flat(broken.lives, of="disturbed"),
+            *well_behaved(whole, broken),
+            *flat(whole.lives, of="undisturbed", epochs_per_min=epochs_per_min),
+            *flat(broken.lives, of="disturbed", epochs_per_min=epochs_per_min),
         ]
         if options.json is not None:
             samples = {role: asdict(life) for role, life in whole.lives.longest().items()}
             figures = {check.what: check.figure for check in checks}
             told = {"fired": fired, "starts": broken.num_attempts, "figures": figures, "samples": samples}
             options.json.write_text(json.dumps(told))
-        return _tell(checks, fired, broken, minutes=(time.monotonic() - started_s) / 60)
+        return _tell(checks, fired, whole, broken, minutes=(time.monotonic() - started_s) / 60)
 
 
 @contextmanager
@@ -229,16 +230,16 @@ def _fill_wandb_up(scene: Scene) -> Check:
     return Check(again.what, again.holds, f"{check.figure}, {again.figure} after the command once more")
 
 
-def _tell(checks: list[Check], fired: Counter[Kind], supervisor: Supervisor, *, minutes: float) -> int:
+def _tell(checks: list[Check], fired: Counter[Kind], whole: Supervisor, broken: Supervisor, *, minutes: float) -> int:
     """Print the tables; the exit code."""
     print("\nfaults that fired")
     for kind in KINDS:
         print(f"  {fired[kind]:4d}  {kind}")
-    print(f"  {supervisor.num_attempts} starts of the same command, {minutes:.1f} minutes in all\n\nverdict")
+    print(f"  {broken.num_attempts} starts of the same command, {minutes:.1f} minutes in all\n\nverdict")
     width = max(len(check.what) for check in checks)
     for check in checks:
         print(f"  {'yes' if check.holds else 'NO '}  {check.what:{width}s}  {check.figure}")
-    for text in supervisor.unprovoked:
+    for text in (*broken.unprovoked, *whole.orphans, *broken.orphans):
         print(text)
     return int(not all(check.holds for check in checks))
 

@@ -16,7 +16,11 @@ NUM_BLOCKS = 12
 """Samples close in time say nearly the same, so the line goes through the means of so many blocks, which are nearly independent."""
 JUDGED_FROM_S = 600.0
 """A shorter life is told and not judged: it is all warm-up."""
-MAX_MIB_PER_MIN = 0.1
+MAX_MIB_PER_HOUR = 10.0
+"""What a run may grow in an hour, however long its epochs are: 1.6 GiB in a week."""
+MAX_KIB_PER_EPOCH = 16.0
+"""What an epoch may leave beside. A row of the history stays in memory, 6 KiB of objects and text; the soak's epochs last 5 s, and
+the heap's fragmentation and W&B's client grow with their number, too. Of epochs of some minutes it is nothing beside the hour's."""
 MAX_DESCRIPTORS_PER_MIN = 0.1
 
 
@@ -66,6 +70,11 @@ class Lives:
             life.resident_mib.append(mib)
             life.descriptors.append(descriptors)
 
+    @property
+    def minutes(self) -> float:
+        """From the first sample of the longest life to its last."""
+        return max(life.seconds[-1] - life.seconds[0] for life in self._lives.values()) / 60
+
     def longest(self) -> dict[str, Life]:
         """Of each role the process that lived longest."""
         found: dict[str, Life] = {}
@@ -73,6 +82,11 @@ class Lives:
             if role not in found or len(life.seconds) > len(found[role].seconds):
                 found[role] = life
         return found
+
+
+def max_mib_per_min(epochs_per_min: float) -> float:
+    """The rise of memory that is allowed to a process that trains so many epochs a minute."""
+    return MAX_MIB_PER_HOUR / 60 + MAX_KIB_PER_EPOCH / 1024 * epochs_per_min
 
 
 def slope_of(seconds: list[float], values: list[float]) -> Slope | None:

@@ -31,12 +31,14 @@ class Supervisor:
     """One run and the command that is repeated for it. `beside`: a process below this one that is no part of the run.
 
     longest_gone_s: the longest time from the call of `wait_for_the_end` to the last process gone.
+    orphans: what lived on for longer than it was given, and was killed then; one text for each such end.
     """
 
     def __init__(self, launcher: Launcher, arguments: list[str], run_dir: Path, folder: Path, *, beside: int) -> None:
         self.run_dir, self.lives = run_dir, Lives()
         self.num_attempts, self.longest_gone_s = 0, 0.0
         self.unprovoked: list[str] = []
+        self.orphans: list[str] = []
         self._launcher, self._folder, self._beside = launcher, folder, beside
         self._arguments = [*arguments, "--run-dir", str(run_dir)]
         self._process: ForkProcess | None = None
@@ -117,17 +119,18 @@ class Supervisor:
             self.pause(LOOK_EVERY_S)
         return True
 
-    def wait_for_the_end(self, *, limit_s: float = ORPHAN_AFTER_S) -> float:
-        """Wait until the launcher and everything that it started is gone; the seconds that took. SoakError names what stays."""
+    def wait_for_the_end(self, *, limit_s: float = ORPHAN_AFTER_S) -> None:
+        """Wait until the launcher and everything that it started is gone; what stays beyond the limit is noted, and killed."""
         started_s = time.monotonic()
-        if not self.wait_until(lambda: not self.is_running and not self._left(), limit_s=limit_s):
-            raise SoakError(
-                f"after {limit_s:.0f} s these live on: {self._left() or ['the launcher']}; it said\n{self.said()}"
+        if not self.wait_until(lambda: self._is_gone, limit_s=limit_s):
+            left = ", ".join(self._left())
+            self.orphans.append(
+                f"attempt {self.num_attempts}: after {limit_s:.0f} s {left} lived on; it said {self.said()[-3000:]}"
             )
-        seconds = time.monotonic() - started_s
-        self.longest_gone_s = max(self.longest_gone_s, seconds)
+            self.end()
+            self.wait_until(lambda: self._is_gone, limit_s=ORPHAN_AFTER_S)
+        self.longest_gone_s = max(self.longest_gone_s, time.monotonic() - started_s)
         reap_adopted()
-        return seconds
 
     def keep_running(self) -> None:
         """Give the command again where it has ended with nothing done to it, and note that; SoakError where it never stops ending."""
@@ -151,6 +154,11 @@ class Supervisor:
 
     def _checkpoints(self) -> set[str]:
         return {path.name for path in self.run_dir.glob("checkpoints/step_*")}
+
+    @property
+    def _is_gone(self) -> bool:
+        """Whether the launcher and everything that it started has ended."""
+        return not self.is_running and not self._left()
 
     def _left(self) -> list[str]:
         """Processes below this one."""

@@ -16,7 +16,7 @@ from aplantida_dist.history import TIME_FIELDS
 from aplantida_dist.wandb_report import flatten
 from tests.runs import rows_of
 from tests.soak.faults import KINDS, Kind, wandb_run_id
-from tests.soak.measuring import MAX_DESCRIPTORS_PER_MIN, MAX_MIB_PER_MIN, Lives, slope_of
+from tests.soak.measuring import MAX_DESCRIPTORS_PER_MIN, Lives, max_mib_per_min, slope_of
 from tests.soak.supervisor import Supervisor
 from tests.soak.wandb_beside import WandbBeside
 
@@ -86,26 +86,30 @@ def all_fired(fired: Counter[Kind]) -> Check:
     return Check("every kind of fault fired", not missing, ", ".join(missing) or f"{fired.total()} faults")
 
 
-def well_behaved(supervisor: Supervisor) -> list[Check]:
+def well_behaved(*supervisors: Supervisor) -> list[Check]:
     """No end without a cause, no process that outlives its launcher, nothing half written left."""
-    leftovers = [path.name for path in supervisor.run_dir.rglob(".*.part")]
+    unprovoked = sum(len(supervisor.unprovoked) for supervisor in supervisors)
+    orphans = sum(len(supervisor.orphans) for supervisor in supervisors)
+    longest_s = max(supervisor.longest_gone_s for supervisor in supervisors)
+    leftovers = [path.name for supervisor in supervisors for path in supervisor.run_dir.rglob(".*.part")]
     return [
-        Check("no end without a fault", not supervisor.unprovoked, f"{len(supervisor.unprovoked)}"),
-        Check("no orphan", True, f"at most {supervisor.longest_gone_s:.1f} s from a fault to the last process gone"),
+        Check("no end without a fault", not unprovoked, f"{unprovoked}"),
+        Check("no orphan", not orphans, f"{orphans}, at most {longest_s:.1f} s from a fault to the last process gone"),
         Check("no file half written", not leftovers, ", ".join(leftovers) or "0"),
     ]
 
 
-def flat(lives: Lives, *, of: str) -> list[Check]:
+def flat(lives: Lives, *, of: str, epochs_per_min: float) -> list[Check]:
     """Memory and descriptors of the processes that lived longest, by role."""
     checks = []
+    limit = max_mib_per_min(epochs_per_min)
     for role, life in sorted(lives.longest().items()):
         memory = slope_of(life.seconds, life.resident_mib)
         descriptors = slope_of(life.seconds, life.descriptors)
         if memory is None or descriptors is None:
             continue
         checks += [
-            Check(f"memory, {role}, {of}", memory.is_flat(MAX_MIB_PER_MIN), memory.text("MiB")),
+            Check(f"memory, {role}, {of}", memory.is_flat(limit), f"{memory.text('MiB')}, allowed {limit:.3f}"),
             Check(f"descriptors, {role}, {of}", descriptors.is_flat(MAX_DESCRIPTORS_PER_MIN), descriptors.text("")),
         ]
     return checks
