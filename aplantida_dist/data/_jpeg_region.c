@@ -24,7 +24,8 @@ typedef struct {
 } Errors;
 
 typedef struct {
-    JDIMENSION left, upper, right, lower;
+    JDIMENSION width, height;            /* of the whole picture */
+    JDIMENSION left, upper, right, lower; /* the rectangle in it */
 } Box;
 
 static void stumble(j_common_ptr info) {
@@ -60,7 +61,7 @@ static void skip_to(struct jpeg_decompress_struct *info, JDIMENSION row, JDIMENS
 }
 
 /* Decode into `pixels`, RGB rows without gaps; 0 with a text in errors where that cannot be, or where it takes a whole decode to judge. */
-static int decode(const unsigned char *content, size_t length, int denominator, Box box, JSAMPLE *pixels, Errors *errors) {
+static int decode(const unsigned char *content, size_t length, Box box, JSAMPLE *pixels, Errors *errors) {
     struct jpeg_decompress_struct info;
     JSAMPLE *volatile row = NULL;
     info.err = jpeg_std_error(&errors->base);
@@ -78,16 +79,14 @@ static int decode(const unsigned char *content, size_t length, int denominator, 
     if (info.progressive_mode || info.arith_code || jpeg_has_multiple_scans(&info) || info.num_components != 3)
         sound = refuse(errors, "not a baseline JPEG of three colours in one scan");
     info.out_color_space = JCS_RGB;
-    info.scale_num = 1;
-    info.scale_denom = (unsigned int)denominator;
     if (sound) {
         jpeg_start_decompress(&info);
-        if (box.right > info.output_width || box.lower > info.output_height)
-            sound = refuse(errors, "the rectangle is not inside the picture");
+        if (info.output_width != box.width || info.output_height != box.height)
+            sound = refuse(errors, "the picture has another size");
     }
     if (sound) {
-        JDIMENSION block_rows = (JDIMENSION)(info.max_v_samp_factor * DCTSIZE / denominator);
-        JDIMENSION margin = (JDIMENSION)(info.max_h_samp_factor * DCTSIZE / denominator);
+        JDIMENSION block_rows = (JDIMENSION)(info.max_v_samp_factor * DCTSIZE);
+        JDIMENSION margin = (JDIMENSION)(info.max_h_samp_factor * DCTSIZE);
         JDIMENSION first = box.left > margin ? box.left - margin : 0;
         JDIMENSION width = (box.right + margin < info.output_width ? box.right + margin : info.output_width) - first;
         jpeg_crop_scanline(&info, &first, &width);
@@ -120,18 +119,18 @@ static int decode(const unsigned char *content, size_t length, int denominator, 
 
 static PyObject *decode_region(PyObject *module, PyObject *arguments) {
     Py_buffer content, pixels;
-    int denominator, left, upper, right, lower, sound = 0;
+    int width, height, left, upper, right, lower, sound = 0;
     Errors errors;
-    if (!PyArg_ParseTuple(arguments, "y*i(iiii)w*", &content, &denominator, &left, &upper, &right, &lower, &pixels))
+    if (!PyArg_ParseTuple(arguments, "y*(ii)(iiii)w*", &content, &width, &height, &left, &upper, &right, &lower, &pixels))
         return NULL;
     errors.text[0] = '\0';
-    if (left < 0 || upper < 0 || right <= left || lower <= upper
+    if (left < 0 || upper < 0 || right <= left || lower <= upper || right > width || lower > height
         || pixels.len != (Py_ssize_t)(right - left) * (lower - upper) * 3) {
         refuse(&errors, "the rectangle and the room for its pixels do not fit");
     } else {
-        Box box = {(JDIMENSION)left, (JDIMENSION)upper, (JDIMENSION)right, (JDIMENSION)lower};
+        Box box = {(JDIMENSION)width, (JDIMENSION)height, (JDIMENSION)left, (JDIMENSION)upper, (JDIMENSION)right, (JDIMENSION)lower};
         Py_BEGIN_ALLOW_THREADS
-        sound = decode(content.buf, (size_t)content.len, denominator, box, pixels.buf, &errors);
+        sound = decode(content.buf, (size_t)content.len, box, pixels.buf, &errors);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&content);
@@ -145,8 +144,8 @@ static PyObject *decode_region(PyObject *module, PyObject *arguments) {
 
 static PyMethodDef methods[] = {
     {"decode_region", decode_region, METH_VARARGS,
-     "decode_region(content, denominator, (left, upper, right, lower), pixels): decode this rectangle, in pixels after the scaling by "
-     "1 / denominator, into a writable buffer. Raises ValueError where the picture needs another decoder."},
+     "decode_region(content, (width, height), (left, upper, right, lower), pixels): decode this rectangle of a JPEG of this size into a "
+     "writable buffer. Raises ValueError where the picture needs another decoder."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -70,7 +70,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         if _ends_in_grey(image):
             raise DecodeError("undecodable", "ends in the even grey that decoders put in the place of missing rows")
-        turn = _TURN_OF_ORIENTATION.get(_orientation(image))
+        turn = _TURN_OF_ORIENTATION.get(orientation(image))
         image = _without_alpha(image)
     except DecodeError:
         raise
@@ -108,7 +108,7 @@ def _is_grey(image: Image.Image) -> bool:
     return {127, 128}.issuperset(np.ravel(image.getextrema()).tolist())
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 where there is none or the EXIF block is broken: viewers take such a picture as it is too."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))

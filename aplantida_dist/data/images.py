@@ -1,19 +1,18 @@
-"""Bytes to pixels: decode, choose the crop, one antialiased resize to uint8, flip. Normalizing is the device's work."""
+"""Bytes to pixels: choose the crop, decode what it needs, one antialiased resize to uint8, flip. Normalizing is the device's work."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from PIL import Image
 
-from aplantida_dist.data.decode import decode
+from aplantida_dist.data.region import FASTEST, JpegDecoder, Pixels, read_header
 
-Pixels = NDArray[np.uint8]
 Interpolation = Literal["bicubic", "bilinear"]
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -28,7 +27,7 @@ class TrainTransform:
     """Random resized crop (Szegedy et al. 2015, as in torchvision), horizontal flip, and random erasing (Zhong et al. 2017).
 
     crop_scale: share of the picture's area, smallest and largest. crop_ratio: width / height, drawn log-uniformly.
-    horizontal_flip and random_erasing are probabilities.
+    horizontal_flip and random_erasing are probabilities. `decoder` changes no pixel.
     """
 
     image_size: int
@@ -37,20 +36,20 @@ class TrainTransform:
     horizontal_flip: float
     random_erasing: float
     interpolation: Interpolation
+    decoder: JpegDecoder = FASTEST
 
     def __call__(self, content: bytes, seed: int) -> Pixels:
         """Return uint8 [image_size, image_size, 3]; what is drawn depends on the seed alone."""
-        image = decode(content)
+        picture = read_header(content)
         random = Random(seed)
-        box = self._crop_box(image.width, image.height, random)
-        resized = _resize(image, box, self.image_size, self.interpolation)
+        box = self._crop_box(*picture.size, random)
+        region = picture.region(box, by=self.decoder)
         is_flipped = random.random() < self.horizontal_flip
-        # Pillow mirrors in 30 µs; copying an array with a negative stride takes 240.
-        picture = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else resized
+        pixels = resize(region, self.image_size, interpolation=self.interpolation, is_flipped=is_flipped)
         # Drawn last, so that crop and flip are the same with and without it.
         if random.random() < self.random_erasing:
-            _erase(picture, random)
-        return _pixels(picture)
+            _erase(pixels, random)
+        return pixels
 
     def _crop_box(self, width: int, height: int, random: Random) -> tuple[int, int, int, int]:
         """Draw a crop (left, upper, right, lower); after ten that do not fit, the largest central one of a legal ratio."""
@@ -77,34 +76,39 @@ class EvaluationTransform:
 
     def __call__(self, content: bytes, seed: int) -> Pixels:
         """Return uint8 [image_size, image_size, 3]; the seed is not used."""
-        image = decode(content)
+        image = read_header(content).whole()
         side = min(image.size) * self.crop_fraction
         left, upper = (image.width - side) / 2, (image.height - side) / 2
-        return _pixels(_resize(image, (left, upper, left + side, upper + side), self.image_size, self.interpolation))
+        box = (left, upper, left + side, upper + side)
+        return np.asarray(image.resize((self.image_size, self.image_size), _RESAMPLING[self.interpolation], box=box))
 
 
 Transform = TrainTransform | EvaluationTransform
 
 
-def _erase(image: Image.Image, random: Random) -> None:
+def resize(region: Pixels, side: int, *, interpolation: Interpolation, is_flipped: bool) -> Pixels:
+    """Resize a crop to a square by torch's antialiased filter: uint8 [h, w, 3], contiguous, to uint8 [side, side, 3].
+
+    Equal to Pillow's resize of that crop to a few 255ths (72 dB and more in the median) in a third of its time. Whole numbers
+    alone, the same on every CPU.
+    """
+    height, width = region.shape[:2]
+    # [1, 3, h, w] with the strides of channels_last, also of the batch: without them torch gives the planes one after the other.
+    batch = torch.from_numpy(region).as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3))
+    resized = torch.nn.functional.interpolate(batch, (side, side), mode=interpolation, antialias=True)
+    pixels = (resized.flip(3) if is_flipped else resized)[0].permute(1, 2, 0)
+    return pixels.numpy()
+
+
+def _erase(pixels: Pixels, random: Random) -> None:
     """Fill a random rectangle with random pixels, in place; after ten that do not fit, none. Area and ratio as in timm."""
+    side_y, side_x = pixels.shape[:2]
     for _ in range(_ERASING_ATTEMPTS):
-        area = image.width * image.height * random.uniform(*_ERASED_AREA)
+        area = side_x * side_y * random.uniform(*_ERASED_AREA)
         ratio = math.exp(random.uniform(*_ERASED_LOG_RATIO))
         width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < width < image.width and 0 < height < image.height:
-            left, upper = random.randint(0, image.width - width), random.randint(0, image.height - height)
-            noise = Image.frombytes("RGB", (width, height), random.randbytes(3 * width * height))
-            image.paste(noise, (left, upper))
+        if 0 < width < side_x and 0 < height < side_y:
+            left, upper = random.randint(0, side_x - width), random.randint(0, side_y - height)
+            noise = np.frombuffer(random.randbytes(3 * width * height), np.uint8)
+            pixels[upper : upper + height, left : left + width] = noise.reshape(height, width, 3)
             return
-
-
-def _resize(
-    image: Image.Image, box: tuple[float, float, float, float], side: int, interpolation: Interpolation
-) -> Image.Image:
-    return image.resize((side, side), _RESAMPLING[interpolation], box=box)
-
-
-def _pixels(image: Any) -> Pixels:
-    """The pixels of an RGB image, uint8 [height, width, 3]."""
-    return np.asarray(image)
