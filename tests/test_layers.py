@@ -31,7 +31,7 @@ LAYERS = [
     ],
     ["watchdog"],
     ["files", "lock", "command", "world", "spreading", "yaml_words", "data.decode", "data.sampling", "objective"],
-    ["strict_yaml", "config_sections", "interruption", "seal"],
+    ["strict_yaml", "config_sections", "interruption", "seal", "data.pixels"],
     [
         "config",
         "history",
@@ -88,6 +88,7 @@ OWNERS = {
     "tqdm": {"progress"},
     "yaml": {"strict_yaml"},
     "safetensors": {"checkpoint"},
+    "simplejpeg": {"data.pixels"},
     "webdataset": set(),
     "torchvision": set(),
 }

@@ -15,6 +15,9 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
 """Pictures that claim more are refused before their pixels are allocated (a photograph has 10⁷ to 10⁸)."""
 
+MID_GREY = (127, 128)
+"""What decoders put in the place of missing rows: 128, beside which 127 stands in CMYK, which comes inverted."""
+
 _MISREAD_KEYS = ("L;2", "L;4", "RGB;16B")
 """Kinds of PNG pixels for which Pillow compares the transparent colour with the wrong values."""
 _TURN_OF_ORIENTATION = {
@@ -96,7 +99,7 @@ def _ends_in_grey(image: Image.Image) -> bool:
     """Whether the last row is all mid-grey and the first is not.
 
     So libjpeg fills what a cut JPEG lacks where its end mark is there again, with a warning that Pillow drops; and a program
-    that stores such a picture anew makes a sound file of it. CMYK comes inverted, so that 127 stands beside 128.
+    that stores such a picture anew makes a sound file of it.
     """
     if image.mode not in ("L", "RGB", "CMYK"):
         return False
@@ -105,7 +108,7 @@ def _ends_in_grey(image: Image.Image) -> bool:
 
 
 def _is_grey(image: Image.Image) -> bool:
-    return {127, 128}.issuperset(np.ravel(image.getextrema()).tolist())
+    return set(MID_GREY).issuperset(np.ravel(image.getextrema()).tolist())
 
 
 def orientation(image: Image.Image) -> int:
