@@ -1,4 +1,4 @@
-"""Bytes to a picture: what is decoded, and to which pixels. Training and the audit of a build go by this file alone."""
+"""Bytes to a picture: what is decoded, and to which pixels. The audit of a build goes by this file, training by `pixels`, which asks it."""
 
 from __future__ import annotations
 
