@@ -164,7 +164,7 @@ def image_folder(pictures: Pictures, epoch: int) -> Iterator[Delivery]:
 
 
 def timm_loader(pictures: Pictures, epoch: int) -> Iterator[Delivery]:
-    """timm's loader over the folder, with nothing but crop and flip, normalised in its workers: its prefetcher needs a GPU."""
+    """timm's loader over the folder, with nothing but crop and flip, normalised in its workers; it drops a last batch that is short."""
     loader = create_loader(
         create_dataset("", root=str(pictures.folder), is_training=True),
         input_size=(3, IMAGE_SIZE, IMAGE_SIZE),

@@ -16,7 +16,7 @@ from aplantida_dist.mixing import MixupCutmix
 from aplantida_dist.world import open_world
 from bench.finding import Finding, Goal, compare, interleave
 from bench.index import index, read, read_with_sha256
-from bench.loader import Loader, image_folder, measure, ours, timm_loader, webdataset_pipeline
+from bench.loader import Loader, image_folder, measure, ours, webdataset_pipeline
 from bench.loop import Load, make_loops
 from bench.pictures import Pictures, prepare_pictures
 from bench.report import bench_report
@@ -33,7 +33,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
     return prepare_pictures(cache_dir, num_pictures=NUM_PICTURES, width=48, height=36, workers=1)
 
 
-@pytest.mark.parametrize("loader", [ours, webdataset_pipeline, image_folder, timm_loader])
+@pytest.mark.parametrize("loader", [ours, webdataset_pipeline, image_folder])
 def test_every_loader_delivers_every_picture_once_and_normalised(loader: Loader, pictures: Pictures) -> None:
     """Float batches of one shape and one scale: over an epoch, the means of the channels are those of the pictures."""
     deliveries = list(loader(pictures, 0))
