@@ -14,6 +14,7 @@ from aplantida_dist.world import World, open_world
 from bench.audit import bench_audit
 from bench.augment import bench_augment
 from bench.build import bench_build
+from bench.decode import NUM_PICTURES, bench_decode
 from bench.finding import Finding
 from bench.index import bench_index
 from bench.lanes import bench_lanes
@@ -29,18 +30,22 @@ from bench.stop import bench_stop
 from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
-PARTS = ("loader", "augment", "loop", "totals", "plan", "lanes", "index", "audit", "build", "report", "stop")
+PARTS = ("decode", "loader", "augment", "loop", "totals", "plan", "lanes", "index", "audit", "build", "report", "stop")
 SLOW_PARTS = ("memory", "parity", "scale")
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
+PORTRAIT_WIDTH, PORTRAIT_HEIGHT = 400, 533
 EXAMPLE = """\
 example:
   python -m bench --only loader --repeats 3
 
-One thread a process, all on the CPU. CPU time is user + system of this process and its workers; a ratio is ours / the
+Decode is the train transform in one process, bytes to what is shipped, beside torchvision's (float32), timm's (uint8) and
+a bare decode, and on pictures that were re-encoded with --max-side. One thread a process, all on the CPU. CPU time is user + system of this process and its workers; a ratio is ours / the
 peer's, the median over the repeats. Every loader delivers the same pictures as normalised float32 batches of 64 at
 224 px with the same crop, flip and number of workers, from the page cache; ours ships uint8 and normalises in the main
-process, the peers in their workers. Augment is each augmentation of the training alone, on decoded pictures of 224. The index is of their shards, as if they were tars of others. Building is without its audit, from files in the page cache, in wall time: ours
+process, the peers in their workers. `loader, uint8` is ours as a GPU is fed, several epochs long: beside the transform alone,
+and beside as many threads of one process. Augment is each augmentation of the training alone, on decoded pictures of 224.
+The index is of their shards, as if they were tars of others. Building is without its audit, from files in the page cache, in wall time: ours
 digests, indexes and syncs what it writes; the peers do none of it, and are measured with a sync and `tar` also without.
 The loop has mixup, clipping and EMA on both sides. Report is such steps with W&B online, to a stand-in of its server on
 this machine, beside steps without; stop is what it costs at each step to ask all ranks whether one was told to stop,
@@ -64,6 +69,8 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
             return bench_loader(_pictures(options), repeats=options.repeats)
         case "augment":
             return bench_augment(_pictures(options), repeats=options.repeats)
+        case "decode":
+            return _bench_decode(options)
         case "index":
             return bench_index(_pictures(options), repeats=options.repeats)
         case "audit":
@@ -94,6 +101,21 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
             return bench_plan(repeats=options.repeats)
 
 
+def _bench_decode(options: argparse.Namespace) -> list[Finding]:
+    """Landscape and portrait, drawn, or the photographs of a folder."""
+    if options.photographs is not None:
+        return bench_decode(options.photographs, repeats=options.repeats, what=options.photographs.name)
+    portrait = prepare_pictures(
+        CACHE_DIR, num_pictures=NUM_PICTURES, width=PORTRAIT_WIDTH, height=PORTRAIT_HEIGHT, workers=os.cpu_count() or 1
+    )
+    folders = {f"{WIDTH} × {HEIGHT}": _pictures(options), f"{PORTRAIT_WIDTH} × {PORTRAIT_HEIGHT}": portrait}
+    return [
+        finding
+        for what, pictures in folders.items()
+        for finding in bench_decode(pictures.folder, repeats=options.repeats, what=what)
+    ]
+
+
 def _open_world() -> World:
     os.environ["ACCELERATE_USE_CPU"] = "true"  # it would take a GPU where there is one
     return open_world(precision="fp32", timeout_s=60)
@@ -121,6 +143,9 @@ def _parser() -> CommandParser:
         "--repeats", type=count, default=5, help="how often each is measured, or a multiple of it (default %(default)s)"
     )
     parser.add_argument("--pictures", type=count, default=1536, help="how many pictures are read (default %(default)s)")
+    parser.add_argument(
+        "--photographs", type=Path, metavar="DIR", help="the JPEG files that decode reads (default: drawn pictures)"
+    )
     parser.add_argument(
         "--records",
         type=count,

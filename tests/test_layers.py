@@ -47,7 +47,7 @@ LAYERS = [
         "data.sampling",
         "objective",
     ],
-    ["strict_yaml", "config_sections", "interruption", "seal", "data.cache"],
+    ["strict_yaml", "config_sections", "interruption", "seal", "data.cache", "data.pixels"],
     [
         "config",
         "history",
@@ -106,6 +106,7 @@ OWNERS = {
     "tqdm": {"progress"},
     "yaml": {"strict_yaml"},
     "safetensors": {"checkpoint"},
+    "simplejpeg": {"data.pixels"},
     "webdataset": set(),
     "torchvision": set(),
 }

@@ -1,4 +1,4 @@
-"""Bytes to a picture: what is decoded, and to which pixels. Training and the audit of a build go by this file alone."""
+"""Bytes to a picture: what is decoded, and to which pixels. The audit of a build goes by this file, training by `pixels`, which asks it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 """What is decoded. A JPEG with further pictures behind the first (depth, the other eye) is an MPO; the first is the photograph."""
 MAX_PIXELS = 100_000_000
 """Pictures that claim more are refused before their pixels are allocated (a photograph has 10⁷ to 10⁸)."""
+
+MID_GREY = (127, 128)
+"""What decoders put in the place of missing rows: 128, beside which 127 stands in CMYK, which comes inverted."""
 
 _MISREAD_KEYS = ("L;2", "L;4", "RGB;16B")
 """Kinds of PNG pixels for which Pillow compares the transparent colour with the wrong values."""
@@ -70,7 +73,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         if _ends_in_grey(image):
             raise DecodeError("undecodable", "ends in the even grey that decoders put in the place of missing rows")
-        turn = _TURN_OF_ORIENTATION.get(_orientation(image))
+        turn = _TURN_OF_ORIENTATION.get(orientation(image))
         image = _without_alpha(image)
     except DecodeError:
         raise
@@ -96,7 +99,7 @@ def _ends_in_grey(image: Image.Image) -> bool:
     """Whether the last row is all mid-grey and the first is not.
 
     So libjpeg fills what a cut JPEG lacks where its end mark is there again, with a warning that Pillow drops; and a program
-    that stores such a picture anew makes a sound file of it. CMYK comes inverted, so that 127 stands beside 128.
+    that stores such a picture anew makes a sound file of it.
     """
     if image.mode not in ("L", "RGB", "CMYK"):
         return False
@@ -105,10 +108,10 @@ def _ends_in_grey(image: Image.Image) -> bool:
 
 
 def _is_grey(image: Image.Image) -> bool:
-    return {127, 128}.issuperset(np.ravel(image.getextrema()).tolist())
+    return set(MID_GREY).issuperset(np.ravel(image.getextrema()).tolist())
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 where there is none or the EXIF block is broken: viewers take such a picture as it is too."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from PIL import Image
 
 from aplantida_dist.data.augment import Augmentation
-from aplantida_dist.data.decode import decode
+from aplantida_dist.data.pixels import Pixels, decode_pixels
 
-Pixels = NDArray[np.uint8]
 Interpolation = Literal["bicubic", "bilinear"]
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -42,19 +41,21 @@ class TrainTransform:
 
     def __call__(self, content: bytes, seed: int) -> Pixels:
         """Return uint8 [image_size, image_size, 3]; what is drawn depends on the seed alone."""
-        image = decode(content)
+        whole = decode_pixels(content)
         random = Random(seed)
-        box = self._crop_box(image.width, image.height, random)
-        resized = _resize(image, box, self.image_size, self.interpolation)
+        left, upper, right, lower = self._crop_box(whole.shape[1], whole.shape[0], random)
         is_flipped = random.random() < self.horizontal_flip
-        # Pillow mirrors in 30 µs; copying an array with a negative stride takes 240.
-        picture = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else resized
-        for augmentation in self.augmentations:
-            picture = augmentation(picture, seed)
+        crop = whole[upper:lower, left:right]
+        pixels = resize(crop, self.image_size, interpolation=self.interpolation, is_flipped=is_flipped)
+        if self.augmentations:
+            picture = Image.fromarray(pixels)
+            for augmentation in self.augmentations:
+                picture = augmentation(picture, seed)
+            pixels = np.array(picture)
         # Drawn last, so that crop and flip are the same with and without it.
         if random.random() < self.random_erasing:
-            _erase(picture, random)
-        return _pixels(picture)
+            _erase(pixels, random)
+        return pixels
 
     def _crop_box(self, width: int, height: int, random: Random) -> tuple[int, int, int, int]:
         """Draw a crop (left, upper, right, lower); after ten that do not fit, the largest central one of a legal ratio."""
@@ -81,34 +82,41 @@ class EvaluationTransform:
 
     def __call__(self, content: bytes, seed: int) -> Pixels:
         """Return uint8 [image_size, image_size, 3]; the seed is not used."""
-        image = decode(content)
+        image = Image.fromarray(decode_pixels(content))
         side = min(image.size) * self.crop_fraction
         left, upper = (image.width - side) / 2, (image.height - side) / 2
-        return _pixels(_resize(image, (left, upper, left + side, upper + side), self.image_size, self.interpolation))
+        box = (left, upper, left + side, upper + side)
+        return np.asarray(image.resize((self.image_size, self.image_size), _RESAMPLING[self.interpolation], box=box))
 
 
 Transform = TrainTransform | EvaluationTransform
 
 
-def _erase(image: Image.Image, random: Random) -> None:
+def resize(crop: Pixels, side: int, *, interpolation: Interpolation, is_flipped: bool = False) -> Pixels:
+    """Resize a crop to a square by torch's antialiased filter: uint8 [height, width, 3] to uint8 [side, side, 3].
+
+    It is Pillow's `crop(box).resize(…)` but for the rounding (72 dB and more in the median of real photographs) in a third of its
+    time, and in whole numbers, so that every CPU gives the same.
+    """
+    height, width = crop.shape[:2]
+    # Of what is not contiguous torch makes a slower copy, and of what is not writable it warns.
+    pixels = torch.from_numpy(crop.copy(order="C"))
+    # [1, 3, h, w] with the strides of channels_last, the batch's too: without that one torch returns plane after plane.
+    batch = pixels.as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3))
+    resized = torch.nn.functional.interpolate(batch, (side, side), mode=interpolation, antialias=True)
+    square: Pixels = (resized.flip(3) if is_flipped else resized)[0].permute(1, 2, 0).numpy()
+    return square
+
+
+def _erase(pixels: Pixels, random: Random) -> None:
     """Fill a random rectangle with random pixels, in place; after ten that do not fit, none. Area and ratio as in timm."""
+    side_y, side_x = pixels.shape[:2]
     for _ in range(_ERASING_ATTEMPTS):
-        area = image.width * image.height * random.uniform(*_ERASED_AREA)
+        area = side_x * side_y * random.uniform(*_ERASED_AREA)
         ratio = math.exp(random.uniform(*_ERASED_LOG_RATIO))
         width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < width < image.width and 0 < height < image.height:
-            left, upper = random.randint(0, image.width - width), random.randint(0, image.height - height)
-            noise = Image.frombytes("RGB", (width, height), random.randbytes(3 * width * height))
-            image.paste(noise, (left, upper))
+        if 0 < width < side_x and 0 < height < side_y:
+            left, upper = random.randint(0, side_x - width), random.randint(0, side_y - height)
+            noise = np.frombuffer(random.randbytes(3 * width * height), np.uint8)
+            pixels[upper : upper + height, left : left + width] = noise.reshape(height, width, 3)
             return
-
-
-def _resize(
-    image: Image.Image, box: tuple[float, float, float, float], side: int, interpolation: Interpolation
-) -> Image.Image:
-    return image.resize((side, side), _RESAMPLING[interpolation], box=box)
-
-
-def _pixels(image: Any) -> Pixels:
-    """The pixels of an RGB image, uint8 [height, width, 3]."""
-    return np.asarray(image)
