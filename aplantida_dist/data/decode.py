@@ -62,7 +62,7 @@ def open_picture(content: bytes) -> Image.Image:
         raise DecodeError("too_large", f"{image.width} × {image.height} pixels, more than {MAX_PIXELS:,}")
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise DecodeError("animated", "more than one frame; convert the one that shows the subject")
-    if "transparency" in image.info and image.tile[0].args in _MISREAD_KEYS:
+    if "transparency" in image.info and any(part.args in _MISREAD_KEYS for part in image.tile):
         raise DecodeError("undecodable", "one transparent colour in other than 8 bits; convert it to 8 bits")
     return image
 

@@ -35,6 +35,8 @@ MAX_OPEN_SHARDS = 512
 """File descriptors a worker keeps open; half of the usual limit of 1,024."""
 
 
+DEATH_IS_TOLD_WITHIN_S = 2.0
+"""The system tells of a killed process within this time."""
 GREY = 128
 """Every value of the picture that stands in where a micro-batch holds no good one."""
 
@@ -297,7 +299,7 @@ def stream(
         generator=torch.Generator(),  # the loader draws a worker seed from it; the global generator stays untouched
     )
     with held_back():
-        batches: Iterator[Batch] = iter(loader)
+        batches = _received(iter(loader))
     if split.cache is not None:
         ahead = Ahead(split, micro_batches.plan, cache=split.cache, num_epochs=num_epochs, slots=slots)
         batches = _with_the_next_block(batches, received, ahead)
@@ -305,6 +307,15 @@ def stream(
         if batch.failure is not None:
             raise StreamError(batch.failure)
         yield batch
+
+
+def _received(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches. Of a worker that was killed while it handed one over, torch's handler of SIGCHLD tells: a moment later."""
+    try:
+        yield from batches
+    except (ConnectionError, EOFError, FileNotFoundError):
+        time.sleep(DEATH_IS_TOLD_WITHIN_S)
+        raise
 
 
 def _with_the_next_block(batches: Iterator[Batch], coordinates: Iterator[Coordinates], ahead: Ahead) -> Iterator[Batch]:
