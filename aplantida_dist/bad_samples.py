@@ -28,6 +28,11 @@ class Entry(BadSample):
     step: int
 
 
+def entries_of(bad: Iterable[BadSample], *, step: int, epoch: int) -> list[Entry]:
+    """Bad samples as the ledger holds them: those of the last of `step` completed steps, or of an evaluation after it."""
+    return [Entry(**sample.model_dump(), epoch=epoch, step=step) for sample in bad]
+
+
 class BadSampleLedger:
     """The bad samples of a run, in the order of the steps, and their file. For the main process.
 

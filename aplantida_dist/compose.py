@@ -19,6 +19,7 @@ from aplantida_dist.ground import Ground, Request, lay_ground, warn
 from aplantida_dist.history import History
 from aplantida_dist.init_from import write_beginning
 from aplantida_dist.interruption import Interruption
+from aplantida_dist.job import Job, Running
 from aplantida_dist.lineage import Lineage
 from aplantida_dist.lock import this_process
 from aplantida_dist.metrics import Totals
@@ -53,7 +54,6 @@ from aplantida_dist.soft_targets import Coverage
 from aplantida_dist.status import Status
 from aplantida_dist.strict_yaml import dump_yaml, show
 from aplantida_dist.teachers import coverage_line, seat, write_teachers
-from aplantida_dist.trainer import Job, Running
 from aplantida_dist.wandb_report import WandbRun
 from aplantida_dist.world import World
 

@@ -24,6 +24,7 @@ from aplantida_dist.data.stream import Batch, Reading
 from aplantida_dist.ema import build_ema
 from aplantida_dist.freezing import make_freezing
 from aplantida_dist.interruption import Interruption
+from aplantida_dist.job import Job, Running
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.mixing import MixupCutmix
 from aplantida_dist.model import Normalize, build_model, pixel_convention
@@ -33,8 +34,8 @@ from aplantida_dist.optimizer import build_optimizer
 from aplantida_dist.record import Record
 from aplantida_dist.schedule import Schedule
 from aplantida_dist.signals import Listener
+from aplantida_dist.step import run_step
 from aplantida_dist.teachers import Teachers
-from aplantida_dist.trainer import Job, Running, run_step
 from aplantida_dist.world import World
 from bench.finding import Finding, Goal, compare, cpu_ms_of, interleave
 

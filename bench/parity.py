@@ -29,8 +29,9 @@ from aplantida_dist.shards.builder import BuildOptions, build_dataset
 from aplantida_dist.shards.folder import read_folder
 from aplantida_dist.shards.writer import ShardLimits
 from aplantida_dist.signals import Listener
+from aplantida_dist.step import run_step
 from aplantida_dist.strict_yaml import dump_yaml
-from aplantida_dist.trainer import read_ahead, run_step
+from aplantida_dist.trainer import read_ahead
 from aplantida_dist.world import World
 from bench.finding import Finding, Goal, alone
 from bench.timm_training import (

@@ -24,10 +24,12 @@ from aplantida_dist.config_file import load_config
 from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.distillation import Distillation, share_classes, soft_loss
+from aplantida_dist.job import Running
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.objective import CrossEntropy, Targets
+from aplantida_dist.step import run_step
 from aplantida_dist.teachers import Teachers, resize
-from aplantida_dist.trainer import Running, read_ahead, run_step
+from aplantida_dist.trainer import read_ahead
 from tests.pictures import build, draw, fill
 from tests.ranks import command_on_ranks, run_ranks
 from tests.runs import compose, cut_back, rows_of, write_config

@@ -21,10 +21,12 @@ from aplantida_dist.checkpoint import CheckpointError, load_checkpoint
 from aplantida_dist.config import ConfigError
 from aplantida_dist.config_file import load_config
 from aplantida_dist.history import HistoryError, columns_of, make_row, read_history
+from aplantida_dist.job import Running
 from aplantida_dist.metrics import Totals
 from aplantida_dist.record import EpochSoFar, summary_line
 from aplantida_dist.state import take_state_across_ranks
-from aplantida_dist.trainer import Running, read_ahead, run_step
+from aplantida_dist.step import run_step
+from aplantida_dist.trainer import read_ahead
 from tests.ranks import command_on_ranks, run_ranks
 from tests.runs import compose, cut_back, rows_of, write_config
 

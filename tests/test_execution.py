@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from aplantida_dist.errors import UserError
 from aplantida_dist.execution import ExecutionError, arrange, convert_batchnorm
+from aplantida_dist.job import Running
 from aplantida_dist.metrics import Totals
-from aplantida_dist.trainer import Running, read_ahead, run_step
+from aplantida_dist.step import run_step
+from aplantida_dist.trainer import read_ahead
 from tests.laws import require_exact_resume, require_same_on_two_ranks, run_whole, weights_at
 from tests.runs import compose, rows_of, write_config
 

@@ -28,10 +28,12 @@ from aplantida_dist.checkpoint import load_checkpoint, pack_optimizer, unpack_op
 from aplantida_dist.config import ConfigError
 from aplantida_dist.config_faults import FSDP_OPTIMIZERS
 from aplantida_dist.config_file import load_config
+from aplantida_dist.job import Running
 from aplantida_dist.metrics import Totals
 from aplantida_dist.spreading import SpreadingError, laid_out_like, name_blocks, whole_across_ranks
 from aplantida_dist.state import take_state_across_ranks
-from aplantida_dist.trainer import Running, read_ahead, run_step
+from aplantida_dist.step import run_step
+from aplantida_dist.trainer import read_ahead
 from aplantida_dist.world import WorldError, open_world
 from tests.laws import last_step, train
 from tests.ranks import command_on_ranks, run_ranks

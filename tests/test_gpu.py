@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from aplantida_dist.device_clock import DeviceClock
+from aplantida_dist.job import Running
 from aplantida_dist.metrics import Totals, compute
-from aplantida_dist.trainer import Running, read_ahead, run_step
+from aplantida_dist.step import run_step
+from aplantida_dist.trainer import read_ahead
 from tests.runs import compose, write_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

@@ -83,6 +83,8 @@ LAYERS = [
     ["init_from", "teachers"],
     ["origin", "soft_objective"],
     ["evaluation", "recipe", "soft_labelling"],
+    ["job"],
+    ["step", "epoch"],
     ["trainer", "ground", "replay"],
     ["compose"],
     ["batch_size"],

@@ -20,6 +20,7 @@ from aplantida_dist.checkpoint import point_to
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.data.frequency import frequency_of
 from aplantida_dist.history import columns_of, make_row
+from aplantida_dist.job import Running
 from aplantida_dist.long_tail import (
     ClassWeighted,
     Focal,
@@ -31,7 +32,8 @@ from aplantida_dist.long_tail import (
 from aplantida_dist.metrics import Totals, compute, top1_of_frequencies
 from aplantida_dist.objective import CrossEntropy, Objective, Targets
 from aplantida_dist.record import classes_text
-from aplantida_dist.trainer import Running, read_ahead, run_step
+from aplantida_dist.step import run_step
+from aplantida_dist.trainer import read_ahead
 from tests.ranks import Finished, command_on_ranks, run_ranks
 from tests.runs import compose, cut_back, rows_of, write_config
 from tests.test_history import values

@@ -22,10 +22,12 @@ from aplantida_dist.data.manifest import identity_digest
 from aplantida_dist.data.plan import Coordinates
 from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.debug import load_debug_config
+from aplantida_dist.job import Running
 from aplantida_dist.metrics import Metrics, Totals, compute
 from aplantida_dist.mixing import Mix, MixupCutmix
 from aplantida_dist.objective import BinaryCrossEntropy, CrossEntropy, Objective, Targets
-from aplantida_dist.trainer import Running, read_ahead, run_step
+from aplantida_dist.step import run_step
+from aplantida_dist.trainer import read_ahead
 from tests.pictures import draw
 from tests.ranks import command_on_ranks, run_ranks
 from tests.runs import compose, cut_back, rows_of, write_config

@@ -15,11 +15,13 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from aplantida_dist.job import Running
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.nonfinite import NonFiniteError, NonFinitePolicy, StepEvidence, Watch, is_left_out_across_ranks
 from aplantida_dist.objective import Objective, Targets
 from aplantida_dist.record import Record
-from aplantida_dist.trainer import Running, read_ahead, run_step, train
+from aplantida_dist.step import run_step
+from aplantida_dist.trainer import read_ahead, train
 from tests.ranks import run_ranks
 from tests.runs import compose, cut_back, rows_of, write_config
 

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from aplantida_dist.config_faults import FIELDS
+from aplantida_dist.job import Running
 from aplantida_dist.metrics import Totals
-from aplantida_dist.trainer import Running, read_ahead, run_step
+from aplantida_dist.step import run_step
+from aplantida_dist.trainer import read_ahead
 from tests.conftest import CLASSES
 from tests.laws import require_exact_resume, require_same_on_two_ranks, run_whole, train
 from tests.pictures import build, fill

@@ -13,11 +13,13 @@ from torch import nn
 
 from aplantida_dist.data.plan import Coordinates
 from aplantida_dist.data.stream import MicroBatches, Reading, stream
+from aplantida_dist.job import Running
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.objective import Targets
 from aplantida_dist.record import Record
 from aplantida_dist.schedule import Schedule
-from aplantida_dist.trainer import Running, read_ahead, run_step
+from aplantida_dist.step import run_step
+from aplantida_dist.trainer import read_ahead
 from tests.ranks import command_on_ranks, run_ranks
 from tests.runs import compose, rows_of, write_config
 

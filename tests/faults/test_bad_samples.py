@@ -21,9 +21,11 @@ from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.data.plan import Coordinates, StoredPlan
 from aplantida_dist.data.stream import GREY, Batch, MicroBatches, Reading, StreamError, stream
 from aplantida_dist.errors import UserError
+from aplantida_dist.job import Running
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.shards.verify import verify_dataset
-from aplantida_dist.trainer import Running, read_ahead, run_step
+from aplantida_dist.step import run_step
+from aplantida_dist.trainer import read_ahead
 from tests.bad_shards import Sample, blank, bomb, broken, copied, cut, flipped, half_grey
 from tests.conftest import CLASSES
 from tests.faults.conftest import Fired

@@ -228,7 +228,7 @@ class Mutant:
 
 MUTANTS = {
     "generators not restored": Mutant(
-        "trainer.py", 'seed_device(job.world.device, derive(job.seed, "slot", step, slot))', "pass"
+        "step.py", 'seed_device(job.world.device, derive(job.seed, "slot", step, slot))', "pass"
     ),
     "totals not restored": Mutant("compose.py", "running.totals.merge(checkpoint.totals())", "pass"),
     "optimizer not restored": Mutant(

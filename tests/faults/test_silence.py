@@ -13,6 +13,7 @@ import pytest
 import aplantida_dist.compose  # noqa: F401 (forked ranks begin with all of it in memory)
 from aplantida_dist import trainer
 from aplantida_dist.data.plan import Coordinates
+from aplantida_dist.job import Job
 from tests.faults.conftest import Fired
 from tests.faults.forked import ForkedRun, start, wait_for_checkpoint
 from tests.faults.launched import launch
@@ -71,7 +72,7 @@ def inject(rank: int, *, sick_rank: int, act: object) -> None:
     """Have a rank do something else at the beginning of a step."""
     run_step = trainer.run_step
 
-    def sick(job: trainer.Job, batches: object, running: object, step: int) -> None:
+    def sick(job: Job, batches: object, running: object, step: int) -> None:
         if rank == sick_rank and step == BREAKS_AT:
             assert callable(act)
             act()

@@ -101,7 +101,7 @@ def test_a_run_stopped_twice_is_the_unbroken_run(
 @pytest.mark.slow
 def test_an_evaluation_that_does_not_poll_is_seen(config: Path, tmp_path: Path, fired: Fired) -> None:
     stop = Stop(EVALUATION, 1, signal.SIGTERM, (0, 1))
-    mutants = [("aplantida_dist.trainer:evaluate_across_ranks", without_poll)]
+    mutants = [("aplantida_dist.epoch:evaluate_across_ranks", without_poll)]
     ranks = train_until(
         stop, world_size=2, config=config, run_dir=tmp_path / "run", overrides=OVERRIDES, mutants=mutants
     )
