@@ -137,7 +137,7 @@ def read_manifest(content: bytes, folder: Path) -> None:
     split = Split(folder, manifest)
     assert split.digest
     assert split.num_samples == manifest.num_samples
-    split.require_shards()
+    split.require_shards(folder)
 
 
 def read_class_map(content: bytes, folder: Path) -> None:

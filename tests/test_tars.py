@@ -14,7 +14,7 @@ from pictures import build, digests_of, draw, fill
 
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.data.index import FOREIGN_INDEX_DTYPE, ShardError
-from aplantida_dist.data.manifest import Manifest, load_manifest
+from aplantida_dist.data.manifest import Manifest, Shards, load_manifest
 from aplantida_dist.data.stream import StreamError
 from aplantida_dist.files import sha256_of_file
 from aplantida_dist.shards.audit import sample_key_of
@@ -121,7 +121,7 @@ def test_splits_are_kept_of_and_by_a_dataset_of_tars(both: Path, tmp_path: Path)
 def test_a_manifest_digest_does_not_depend_on_where_the_tars_lie(both: Path) -> None:
     """Tars that moved are the same data: a run resumes. Manifests without foreign shards are written as ever."""
     manifest = manifests_of(both / "from_tars")["train"]
-    moved = tuple(shard.model_copy(update={"url": "file:///elsewhere/x.tar"}) for shard in manifest.shards)
+    moved = Shards(shard.model_copy(update={"url": "file:///elsewhere/x.tar"}) for shard in manifest.shards)
     assert manifest.model_copy(update={"shards": moved}).digest == manifest.digest
     assert "url" not in (both / "from_folder" / "train" / "manifest.json").read_text()
 
