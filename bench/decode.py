@@ -14,6 +14,7 @@ from timm.data import create_transform
 from torchvision import transforms
 
 from aplantida_dist.data.images import TrainTransform
+from aplantida_dist.data.jpeg_region import HOW_FASTEST, IS_COMPILED, decode_and_cut
 from aplantida_dist.data.manifest import Reencoding
 from aplantida_dist.shards.reencode import DEFAULT_QUALITY, Encoded, reencode
 from bench.finding import Finding, Goal, compare, cpu_ms_of, interleave
