@@ -1,7 +1,7 @@
 /* A rectangle of a baseline JPEG as RGB, by libjpeg-turbo: what lies beside it is entropy-decoded and no more.
 
    The pixels are those of a whole decode, bit for bit: the same inverse DCT and upsampling (libjpeg-turbo's defaults), and a margin of
-   one block around the rectangle, so that the upsampling at its edges sees its neighbours. All entropy-coded data is read to the end
+   one sample of colour around the rectangle, so that the upsampling at its edges sees its neighbours. All entropy-coded data is read to the end
    of the picture, so that every warning of a whole decode comes here too; the first one ends the decoding. */
 
 #define Py_LIMITED_API 0x030B0000
@@ -65,17 +65,17 @@ static void skip_to(struct jpeg_decompress_struct *info, JDIMENSION target, JDIM
    ones. */
 static int read_rows(struct jpeg_decompress_struct *info, Region region, JSAMPLE *strip, Errors *errors) {
     JDIMENSION block_height = (JDIMENSION)(info->max_v_samp_factor * DCTSIZE);
-    JDIMENSION block_width = (JDIMENSION)(info->max_h_samp_factor * DCTSIZE);
-    JDIMENSION first = region.left > block_width ? region.left - block_width : 0;
-    JDIMENSION width = (region.width - region.right > block_width ? region.right + block_width : region.width) - first;
+    JDIMENSION margin_x = (JDIMENSION)info->max_h_samp_factor, margin_y = (JDIMENSION)info->max_v_samp_factor;
+    JDIMENSION first = region.left > margin_x ? region.left - margin_x : 0;
+    JDIMENSION width = (region.width - region.right > margin_x ? region.right + margin_x : region.width) - first;
     jpeg_crop_scanline(info, &first, &width); /* moves first to the left, to the edge of a block; first + width stays */
     size_t row_size = (size_t)region.width * 3, offset = (size_t)first * 3;
     JSAMPROW beside = (*info->mem->alloc_small)((j_common_ptr)info, JPOOL_IMAGE, row_size); /* for rows that are not asked for */
     JSAMPROW rows[ROWS_AT_ONCE] = {beside};
     JDIMENSION read = 0;
 
-    if (region.upper > block_height)
-        skip_to(info, region.upper - block_height, block_height);
+    if (region.upper > margin_y)
+        skip_to(info, region.upper - margin_y, block_height);
     while (info->output_scanline < info->output_height) {
         JDIMENSION here = info->output_scanline, to_next_block = block_height - here % block_height;
         JDIMENSION wanted = to_next_block < ROWS_AT_ONCE ? to_next_block : ROWS_AT_ONCE;
