@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from timm.data import create_transform
 from torchvision import transforms
 
 from aplantida_dist.data.images import TrainTransform
-from aplantida_dist.data.jpeg_region import IS_COMPILED, decode_and_cut
 from aplantida_dist.data.manifest import Reencoding
 from aplantida_dist.shards.reencode import DEFAULT_QUALITY, Encoded, reencode
 from bench.finding import Finding, Goal, compare, cpu_ms_of, interleave
@@ -25,8 +23,6 @@ NUM_PICTURES = 256
 MAX_SIDES = {224: 320, 384: 448}
 """To which longer side a dataset would be re-encoded, with `shards/build.py --max-side`, to train at an image size."""
 CANONICAL_GOALS = {224: 2.6, 384: 2.9}
-COMPILED_GOAL = 0.85
-"""Beside wheels alone: with less than this saved, the extension is not worth what it costs to carry."""
 DECODE_GOALS = {224: 1.1, 384: 1.5}
 
 Transform = Callable[[bytes, int], Any]
@@ -42,17 +38,17 @@ def bench_decode(folder: Path, *, repeats: int, what: str) -> list[Finding]:
 def _bench_side(contents: Sequence[bytes], side: int, *, repeats: int, what: str) -> list[Finding]:
     reencoding = Reencoding(max_side=MAX_SIDES[side], quality=DEFAULT_QUALITY)
     smaller = [reencode(Encoded(content, "jpg"), reencoding=reencoding).image for content in contents]
-    ours = TrainTransform(side, CROP_SCALE, CROP_RATIO, FLIP, 0.0, "bilinear")
     ways: dict[str, tuple[Transform, Sequence[bytes]]] = {
-        "ours": (ours, contents),
+        "ours": (TrainTransform(side, CROP_SCALE, CROP_RATIO, FLIP, 0.0, "bilinear"), contents),
         "torchvision": (_canonical(side), contents),
         "timm": (_timm(side), contents),
         "libjpeg-turbo alone": (_decode_alone, contents),
         "Pillow's decode alone": (_decode_by_pillow, contents),
-        f"ours on --max-side {MAX_SIDES[side]}": (ours, smaller),
+        f"ours on --max-side {MAX_SIDES[side]}": (
+            TrainTransform(side, CROP_SCALE, CROP_RATIO, FLIP, 0.0, "bilinear"),
+            smaller,
+        ),
     }
-    if IS_COMPILED:
-        ways["ours by wheels alone"] = (dataclasses.replace(ours, jpeg_decoder=decode_and_cut), contents)
     measures = [
         cpu_ms_of(functools.partial(_pass, transform, pictures=pictures)) for transform, pictures in ways.values()
     ]
@@ -67,8 +63,6 @@ def _bench_side(contents: Sequence[bytes], side: int, *, repeats: int, what: str
         "Pillow's decode alone": Goal("at most", DECODE_GOALS[side]),
         f"ours on --max-side {MAX_SIDES[side]}": Goal("at least", 1.0),
     }
-    if IS_COMPILED:
-        goals["ours by wheels alone"] = Goal("at most", COMPILED_GOAL)
     return [
         compare(
             f"train transform, {what}, at {side}", "CPU ms", cpu_ms["ours"], cpu_ms[name], peer_name=name, goal=goal

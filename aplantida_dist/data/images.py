@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from aplantida_dist.data.jpeg_region import FASTEST, Box, JpegDecoder, Pixels
-from aplantida_dist.data.pixels import decode_pixels, read_picture
+from aplantida_dist.data.pixels import Pixels, decode_pixels
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -28,7 +27,7 @@ class TrainTransform:
     """Random resized crop (Szegedy et al. 2015, as in torchvision), horizontal flip, and random erasing (Zhong et al. 2017).
 
     crop_scale: share of the picture's area, smallest and largest. crop_ratio: width / height, drawn log-uniformly.
-    horizontal_flip and random_erasing are probabilities. jpeg_decoder changes no pixel.
+    horizontal_flip and random_erasing are probabilities.
     """
 
     image_size: int
@@ -37,22 +36,21 @@ class TrainTransform:
     horizontal_flip: float
     random_erasing: float
     interpolation: Interpolation
-    jpeg_decoder: JpegDecoder = FASTEST
 
     def __call__(self, content: bytes, seed: int) -> Pixels:
         """Return uint8 [image_size, image_size, 3]; what is drawn depends on the seed alone."""
-        picture = read_picture(content)
+        whole = decode_pixels(content)
         random = Random(seed)
-        box = self._crop_box(*picture.size, random)
+        left, upper, right, lower = self._crop_box(whole.shape[1], whole.shape[0], random)
         is_flipped = random.random() < self.horizontal_flip
-        crop = picture.region(box, by=self.jpeg_decoder)
+        crop = whole[upper:lower, left:right]
         pixels = resize(crop, self.image_size, interpolation=self.interpolation, is_flipped=is_flipped)
         # Drawn last, so that crop and flip are the same with and without it.
         if random.random() < self.random_erasing:
             _erase(pixels, random)
         return pixels
 
-    def _crop_box(self, width: int, height: int, random: Random) -> Box:
+    def _crop_box(self, width: int, height: int, random: Random) -> tuple[int, int, int, int]:
         """Draw a crop (left, upper, right, lower); after ten that do not fit, the largest central one of a legal ratio."""
         for _ in range(_CROP_ATTEMPTS):
             area = width * height * random.uniform(*self.crop_scale)
