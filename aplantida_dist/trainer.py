@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from aplantida_dist.bad_samples import Entry
 from aplantida_dist.data.bad_sample import BadSample
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.sampling import IntArray
-from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
+from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.data.work import Work
 from aplantida_dist.device_clock import DeviceClock
 from aplantida_dist.ema import Ema
