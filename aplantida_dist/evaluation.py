@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from aplantida_dist.data.bad_sample import BadSample
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import EvaluationTransform
 from aplantida_dist.data.manifest import identity_digest
 from aplantida_dist.data.plan import Coordinates, StoredPlan
-from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
+from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.history import EvaluationMetrics, SplitMetrics
 from aplantida_dist.lineage import Identities
 from aplantida_dist.loss import cross_entropy

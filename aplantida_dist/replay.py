@@ -15,11 +15,12 @@ from PIL import Image
 from aplantida_dist.checkpoint import Checkpoint, newest_sound_checkpoint
 from aplantida_dist.config import Config, changes
 from aplantida_dist.config_file import load_config
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.classmap import ClassMap
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.data.images import TrainTransform
 from aplantida_dist.data.plan import Coordinates, TrainPlan
-from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
+from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.errors import UserError
 from aplantida_dist.model import pixel_convention
 from aplantida_dist.recipe import cache_of, dataset_of, model_of, plan_of, transforms_of

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import EvaluationTransform
 from aplantida_dist.data.plan import Coordinates, StoredPlan
-from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
+from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.lineage import Identities
 from aplantida_dist.pace import Pace
 from aplantida_dist.soft_label_file import SoftLabelError, SoftLabelFacts

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from aplantida_dist.bad_samples import entries_of
-from aplantida_dist.data.stream import Batch
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.errors import UserError
 from aplantida_dist.job import Job, Running
 from aplantida_dist.nonfinite import Before, SlotLosses, StepEvidence, gradient_norm, guard_of, is_left_out_across_ranks

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.plan import Coordinates
-from aplantida_dist.data.stream import Batch, MicroBatches, stream
+from aplantida_dist.data.stream import MicroBatches, stream
 from aplantida_dist.epoch import finish_epoch_across_ranks, save_across_ranks, sum_epoch_across_ranks
 from aplantida_dist.interruption import Interrupted
 from aplantida_dist.job import Job, Running

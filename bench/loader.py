@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.images import TrainTransform
 from aplantida_dist.data.plan import Coordinates, TrainPlan
-from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
+from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.model import Normalize, PixelConvention
 from bench.finding import Finding, Goal, compare, interleave
 from bench.pictures import Pictures

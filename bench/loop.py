@@ -16,11 +16,12 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.manifest import make_manifest
 from aplantida_dist.data.plan import Coordinates, TrainPlan
-from aplantida_dist.data.stream import Batch, Reading
+from aplantida_dist.data.stream import Reading
 from aplantida_dist.ema import build_ema
 from aplantida_dist.freezing import make_freezing
 from aplantida_dist.interruption import Interruption

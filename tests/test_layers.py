@@ -63,6 +63,7 @@ LAYERS = [
     ],
     [
         "config_faults",
+        "data.batch",
         "data.dataset",
         "distillation",
         "mixing",
@@ -77,7 +78,7 @@ LAYERS = [
         "long_tail",
         "other_classes",
     ],
-    ["state", "report", "data.ahead"],
+    ["state", "report", "data.ahead", "data.hand_over"],
     ["config_file", "freezing", "data.stream", "run_folder", "record", "soft_label_file", "stopping"],
     ["debug", "ancestor", "nonfinite", "rewind", "voiding", "soft_label_parts", "soft_targets"],
     ["init_from", "teachers"],

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.plan import Coordinates
-from aplantida_dist.data.stream import Batch
 from aplantida_dist.replay import ReplayError, write_pictures
 from tests.laws import train
 from tests.ranks import Finished, command_on_ranks, run_ranks

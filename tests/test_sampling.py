@@ -15,12 +15,13 @@ import torch
 
 from aplantida_dist.analysis.accounts import coverage
 from aplantida_dist.analysis.sources import read_sources
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.data.images import TrainTransform
 from aplantida_dist.data.manifest import identity_digest, identity_of
 from aplantida_dist.data.plan import Coordinates, TrainPlan
 from aplantida_dist.data.sampling import ClassSampling
-from aplantida_dist.data.stream import Batch, MicroBatches, Reading, stream
+from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from tests.laws import last_step, require_exact_resume, require_same_on_two_ranks, run_whole, train, weights_at
 from tests.ranks import command_on_ranks
 from tests.runs import cut_back, rows_of, write_config

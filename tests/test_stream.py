@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.dataset import Split, open_dataset
 from aplantida_dist.data.images import EvaluationTransform, TrainTransform
 from aplantida_dist.data.manifest import ManifestError
 from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
-from aplantida_dist.data.stream import Batch, MicroBatches, Reading, StreamError, stream
+from aplantida_dist.data.stream import SPARE_BUFFERS, MicroBatches, Reading, StreamError, stream
 from aplantida_dist.errors import UserError
 
 TRAIN = TrainTransform(32, (0.35, 1.0), (0.75, 1.3333), 0.5, 0.0, "bicubic")
 STORED = EvaluationTransform(32, 0.9, "bicubic")
 
 
-def read(
+def read_on(
     split: Split,
     *,
     num_workers: int,
@@ -29,7 +32,7 @@ def read(
     world_size: int = 1,
     epochs: int = 1,
     plan: TrainPlan | None = None,
-) -> list[Batch]:
+) -> Iterator[Batch]:
     plan = plan or TrainPlan(split.shard_sizes, 5, 16, 4, 40)
     coordinates = [
         Coordinates(epoch, step, slot)
@@ -38,7 +41,11 @@ def read(
         for slot in plan.slots_of(rank, world_size)
     ]
     micro_batches = MicroBatches(split, plan, TRAIN, seed=5)
-    return list(stream(micro_batches, coordinates, reading=Reading(num_workers, 2, pin_memory=False)))
+    return stream(micro_batches, coordinates, reading=Reading(num_workers, 2, pin_memory=False))
+
+
+def read(split: Split, **how: Any) -> list[Batch]:
+    return list(read_on(split, **how))
 
 
 def is_same(one: Batch, other: Batch) -> bool:
@@ -59,6 +66,29 @@ def test_batches_are_bit_identical_for_any_number_of_workers(dataset_dir: Path, 
     alone, helped = read(split, num_workers=0, epochs=2), read(split, num_workers=num_workers, epochs=2)
     assert len(alone) == len(helped)
     assert all(is_same(one, other) for one, other in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize("held", ["batch", "view", "array"])
+def test_pixels_that_are_held_are_never_overwritten(dataset_dir: Path, held: str) -> None:
+    """However the caller holds them, and though each worker has few buffers; the pixels are those of the batch also in the end."""
+    split = open_dataset(dataset_dir).open_split("train")
+    alone = read(split, num_workers=0, epochs=3)
+    hold: dict[str, Callable[[Batch], Any]] = {
+        "batch": lambda batch: batch.images,
+        "view": lambda batch: batch.images[-1:],
+        "array": lambda batch: batch.images[-1:].numpy(),
+    }
+    kept = [hold[held](batch) for batch in read_on(split, num_workers=1, epochs=3)]
+    assert len(kept) == len(alone) > 2 + SPARE_BUFFERS
+    for one, other in zip(alone, kept, strict=True):
+        assert np.array_equal(hold[held](one), other)
+
+
+def test_pixels_that_are_let_go_make_room_for_others(dataset_dir: Path) -> None:
+    """A caller that holds one batch at a time sees the pixels of all of them in a few places of memory."""
+    split = open_dataset(dataset_dir).open_split("train")
+    places = [batch.images.data_ptr() for batch in read_on(split, num_workers=1, epochs=3)]
+    assert len(set(places)) <= 2 + SPARE_BUFFERS < len(places)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])

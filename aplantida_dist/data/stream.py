@@ -6,7 +6,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import tee
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from aplantida_dist.data.address import Place
 from aplantida_dist.data.ahead import Ahead
 from aplantida_dist.data.bad_sample import BadSample
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.dataset import Split
 from aplantida_dist.data.decode import DecodeError
+from aplantida_dist.data.hand_over import Buffers, Parcel
 from aplantida_dist.data.images import Transform
 from aplantida_dist.data.index import ChangedMemberError, Member, ShardError, read_member, read_metadata
 from aplantida_dist.data.manifest import identity_of
@@ -33,8 +35,8 @@ MOST_TRIES = 3
 """So often a sample is read from a cache whose files change under it."""
 MAX_OPEN_SHARDS = 512
 """File descriptors a worker keeps open; half of the usual limit of 1,024."""
-
-
+SPARE_BUFFERS = 4
+"""Buffers beyond those of the micro-batches read ahead: for the one that is arriving and for those that the caller still holds."""
 DEATH_IS_TOLD_WITHIN_S = 2.0
 """The system tells of a killed process within this time."""
 GREY = 128
@@ -43,49 +45,6 @@ GREY = 128
 
 class StreamError(UserError):
     """A sample that the plan names could not be delivered; the text names its shard and key."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch: images uint8 [b, 3, h, w]; labels int64 [b]; weights float32 [b]; identities int64 [b]; keys [b].
-
-    Padding has weight 0, and so have the samples of `bad`: their identities are their own, picture and label those of the first good
-    sample of the micro-batch (so that BatchNorm and mixing see nothing strange), or grey. `metadata` is what KEY.json holds, where
-    it was asked for. `work` is what it took to make it. `failure` is the text of an error that a worker met; such a batch never leaves the stream.
-    """
-
-    at: Coordinates
-    images: Tensor
-    labels: Tensor
-    weights: Tensor
-    identities: Tensor
-    sample_keys: tuple[str, ...]
-    metadata: tuple[dict[str, Any], ...] = ()
-    bad: tuple[BadSample, ...] = ()
-    work: Work = field(default_factory=Work)
-    failure: str | None = None
-
-    @property
-    def bad_identities(self) -> Tensor:
-        """Who the bad samples are: int64 [len(bad)], where the batch is."""
-        return self.identities[[sample.place for sample in self.bad]]
-
-    def pin_memory(self) -> Batch:
-        """Called by the DataLoader's pinning thread where there is a GPU."""
-        return self._with(lambda tensor: tensor.pin_memory())
-
-    def to(self, device: torch.device) -> Batch:
-        """Copy to the device; from pinned memory the copy runs beside the host."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _with(self, move: Any) -> Batch:
-        return replace(
-            self,
-            images=move(self.images),
-            labels=move(self.labels),
-            weights=move(self.weights),
-            identities=move(self.identities),
-        )
 
 
 @dataclass(frozen=True)
@@ -119,13 +78,23 @@ class MicroBatches(Dataset[Batch]):
         self.seed = seed
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
 
+    @property
+    def pixels_shape(self) -> tuple[int, int, int, int]:
+        """The shape of a micro-batch's pixels: [b, h, w, 3]."""
+        side = self.transform.image_size
+        return self.plan.micro_batch_size, side, side, 3
+
     def __getitem__(self, at: Coordinates) -> Batch:
-        """Read a micro-batch. An error that a user can mend comes as `failure`: raised here it would be a worker's traceback."""
+        return self.read(at, pixels=torch.empty(self.pixels_shape, dtype=torch.uint8))
+
+    def read(self, at: Coordinates, *, pixels: Tensor) -> Batch:
+        """Read a micro-batch into `pixels` (uint8 [b, h, w, 3]), which become its images.
+
+        An error that a user can mend comes as `failure`: raised here it would be a worker's traceback.
+        """
         started_ns = time.perf_counter_ns()
         micro_batch = self.plan.micro_batch(at)
         places = list(zip(micro_batch.shard_indices.tolist(), micro_batch.member_indices.tolist(), strict=True))
-        side = self.transform.image_size
-        pixels = torch.empty((len(places), side, side, 3), dtype=torch.uint8)
         samples: list[_Sample] = []
         failure = None
         try:
@@ -227,6 +196,21 @@ class MicroBatches(Dataset[Batch]):
             self._open_shards.pop(shard_index).close()
 
 
+class _HandingOver(Dataset[Parcel]):
+    """What workers see of the micro-batches: each is asked for with the number of the buffer that it is to be left in."""
+
+    def __init__(self, micro_batches: MicroBatches, buffers: Buffers) -> None:
+        self.micro_batches = micro_batches
+        self.buffers = buffers
+
+    def __getitem__(self, order: tuple[Coordinates, int | None]) -> Parcel:
+        at, number = order
+        if number is None:
+            return Parcel(self.micro_batches[at], self.buffers, None)
+        pixels = torch.from_numpy(self.buffers.array(number))
+        return Parcel(self.micro_batches.read(at, pixels=pixels), self.buffers, number)
+
+
 @dataclass(frozen=True)
 class _Sample:
     """What a sample is besides its pixels, and what it took to read; `fault` says why it has none, and is empty where it has."""
@@ -287,17 +271,7 @@ def stream(
     split, received = micro_batches.split, iter(coordinates)
     if split.cache is not None:
         coordinates, received = tee(coordinates)
-    loader = DataLoader(
-        micro_batches,
-        sampler=coordinates,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=reading.num_workers,
-        prefetch_factor=reading.prefetch_micro_batches if reading.num_workers else None,
-        pin_memory=reading.pin_memory,
-        worker_init_fn=_leave_requests_to_the_main_process,
-        generator=torch.Generator(),  # the loader draws a worker seed from it; the global generator stays untouched
-    )
+    loader = _loader(micro_batches, coordinates, reading=reading)
     with held_back():
         batches = _received(iter(loader))
     if split.cache is not None:
@@ -307,6 +281,32 @@ def stream(
         if batch.failure is not None:
             raise StreamError(batch.failure)
         yield batch
+
+
+def _loader(
+    micro_batches: MicroBatches, coordinates: Iterable[Coordinates], *, reading: Reading
+) -> DataLoader[Batch] | DataLoader[Parcel]:
+    """Torch's loader, as the worker processes' foreman. What it yields are batches: a parcel is one when it has arrived."""
+    dataset: Dataset[Any] = micro_batches
+    orders: Iterable[Any] = coordinates
+    if reading.num_workers:
+        num_ahead = reading.num_workers * reading.prefetch_micro_batches
+        buffers = Buffers(num_ahead + SPARE_BUFFERS, micro_batches.pixels_shape)
+        dataset, orders = _HandingOver(micro_batches, buffers), ((at, buffers.lend()) for at in coordinates)
+    return DataLoader(
+        dataset,
+        sampler=orders,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=reading.num_workers,
+        prefetch_factor=reading.prefetch_micro_batches if reading.num_workers else None,
+        pin_memory=reading.pin_memory,
+        worker_init_fn=_leave_requests_to_the_main_process,
+        multiprocessing_context="fork"
+        if reading.num_workers
+        else None,  # the buffers are those that a worker is born with
+        generator=torch.Generator(),  # the loader draws a worker seed from it; the global generator stays untouched
+    )
 
 
 def _received(batches: Iterator[Batch]) -> Iterator[Batch]:

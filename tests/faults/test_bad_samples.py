@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.dataset import open_dataset
 from aplantida_dist.data.images import EvaluationTransform
 from aplantida_dist.data.index import ShardError, read_member
 from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.data.plan import Coordinates, StoredPlan
-from aplantida_dist.data.stream import GREY, Batch, MicroBatches, Reading, StreamError, stream
+from aplantida_dist.data.stream import GREY, MicroBatches, Reading, StreamError, stream
 from aplantida_dist.errors import UserError
 from aplantida_dist.job import Running
 from aplantida_dist.metrics import Totals, compute

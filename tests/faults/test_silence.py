@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 import aplantida_dist.compose  # noqa: F401 (forked ranks begin with all of it in memory)
 from aplantida_dist import trainer
@@ -58,14 +59,14 @@ def break_workers(rank: int) -> None:
     """A worker of rank 1 meets a bug at its fourth micro-batch of training."""
     from aplantida_dist.data.stream import MicroBatches
 
-    read = MicroBatches.__getitem__
+    read = MicroBatches.read
 
-    def sick(self: MicroBatches, coordinates: Coordinates) -> object:
-        if rank == 1 and coordinates.step_in_epoch == BREAKS_AT - 1:
+    def sick(self: MicroBatches, at: Coordinates, *, pixels: Tensor) -> object:
+        if rank == 1 and at.step_in_epoch == BREAKS_AT - 1:
             raise KeyError("a bug")
-        return read(self, coordinates)
+        return read(self, at, pixels=pixels)
 
-    MicroBatches.__getitem__ = sick  # type: ignore[method-assign, assignment]
+    MicroBatches.read = sick  # type: ignore[method-assign, assignment]
 
 
 def inject(rank: int, *, sick_rank: int, act: object) -> None:
