@@ -58,6 +58,7 @@ class Watchdog:
         self._asked: Future[list[str]] | None = None
         self._answered_s = 0.0
         self._peers: dict[int, _Peer] = {}
+        self._read_within_s = 0.0
         self._told = ""
         """The first cause, where another rank has told it."""
         self._tell_cause: Callable[[str], None] = lambda text: None
@@ -99,6 +100,7 @@ class Watchdog:
         `ENDING_S` seconds to end. A rank that keeps the board leaves the others time to read there why it ends.
         """
         self._messenger = None if board is None else Messenger(board)
+        self._read_within_s = READ_WITHIN_S if keeps_board else 0.0
         self._peers = {beat.rank: _Peer(beat) for beat in beats if beat.rank != self.rank}
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
@@ -112,8 +114,7 @@ class Watchdog:
             cause = self._cause_of(error)
             if cause is error:
                 error.add_note(f"on rank {self.rank}: {self.beat().text}")
-                if keeps_board:
-                    time.sleep(READ_WITHIN_S)
+                time.sleep(self._read_within_s)
                 raise
             raise cause from None
         else:
@@ -255,6 +256,7 @@ class Watchdog:
             if _is_here(beat) and state_of(beat.pid) == STOPPED:
                 with contextlib.suppress(OSError):
                     os.kill(beat.pid, signal.SIGKILL)
+        time.sleep(self._read_within_s)
         os._exit(EXIT_CODE)
 
 
