@@ -204,7 +204,7 @@ def bench_loader(pictures: Pictures, *, repeats: int) -> list[Finding]:
 
     The first pass of each, which fills the page cache, is not counted.
     """
-    loaders = {
+    loaders: dict[str, Loader] = {
         "ours": ours,
         "webdataset": webdataset_pipeline,
         "ImageFolder": image_folder,
