@@ -81,6 +81,7 @@ def test_a_run_stopped_twice_is_the_unbroken_run(
         assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_launchers_group_loses_nothing(dataset_dir: Path, tmp_path: Path) -> None:
     """`accelerate launch` on two ranks, SIGKILL in mid-epoch, twice; the same command again ends as the unbroken run does."""
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=EPOCHS_TO_KILL_IN, every_steps=2, num_workers=1)
