@@ -38,9 +38,8 @@ class Slope:
         return self.seconds < JUDGED_FROM_S or self.per_min - 3 * self.error <= limit_per_min
 
     def text(self, unit: str) -> str:
-        return (
-            f"{self.per_min:+.3f} ± {self.error:.3f} {unit}/min over {self.seconds:.0f} s, at the end {self.last:.1f}"
-        )
+        judged = "" if self.seconds >= JUDGED_FROM_S else " (too short to judge)"
+        return f"{self.per_min:+.3f} ± {self.error:.3f} {unit}/min over {self.seconds:.0f} s{judged}, at the end {self.last:.1f}"
 
 
 @dataclass
