@@ -337,6 +337,7 @@ def test_ranks_do_not_change_what_is_distilled(chain: Chain, tmp_path: Path) -> 
     assert bf16 != exact
 
 
+@pytest.mark.slow
 def test_a_resume_is_exact_and_the_teachers_may_have_moved(chain: Chain, tmp_path: Path) -> None:
     """Stopped in mid-epoch, its teachers moved elsewhere: the same history and weights. Evaluating needs no teacher."""
     config = chain.config(epochs=2, every_steps=1)

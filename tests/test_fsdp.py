@@ -122,6 +122,7 @@ def train_until_killed(config: Path, run_dir: Path, overrides: Sequence[str], st
     runpy.run_module("aplantida_dist.train", run_name="__main__")
 
 
+@pytest.mark.slow
 def test_kill_9_in_mid_epoch_loses_nothing(grounds: Path, tmp_path: Path) -> None:
     """Law 5, with weights, moments and EMA in parts: the same command again writes the unbroken run's history and files, bit for bit."""
     broken, config = tmp_path / "broken", grounds / "config.yaml"

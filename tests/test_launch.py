@@ -110,6 +110,7 @@ def test_two_ranks_on_cpu_are_one_world(tmp_path: Path) -> None:
     assert launch("cpu_two_ranks.sh", tmp_path) == [TWO_RANKS, TWO_RANKS]
 
 
+@pytest.mark.slow
 def test_two_nodes_under_slurm_are_one_world(tmp_path: Path) -> None:
     """The batch script starts one launcher a node, whose ranks meet at the first node."""
     add_command(tmp_path, "srun", SRUN)

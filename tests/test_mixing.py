@@ -196,6 +196,7 @@ def test_ranks_do_not_change_a_mixed_training(dataset_dir: Path, tmp_path: Path,
             assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mixed_run_stopped_twice_is_the_unbroken_run(dataset_dir: Path, tmp_path: Path) -> None:
     """Law 5 with mixing, erasing, BCE and dropout, cut back in mid-epoch: history and weights to the last bit."""
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=2, every_steps=1)

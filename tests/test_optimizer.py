@@ -137,7 +137,10 @@ def test_layer_decay_that_cannot_act_is_refused() -> None:
     [
         ("optimizer.name=muon", "optimizer.layer_decay=0.7"),
         ("optimizer.name=lamb",),
-        ("train.clip_norm=null", "train.clip_agc=0.01", "optimizer.name=lion", "optimizer.peak_lr=0.0005"),
+        pytest.param(
+            ("train.clip_norm=null", "train.clip_agc=0.01", "optimizer.name=lion", "optimizer.peak_lr=0.0005"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["muon, layer decay", "lamb", "lion, agc"],
 )

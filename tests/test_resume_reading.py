@@ -75,7 +75,7 @@ def expected(split: Split, plan: TrainPlan, at: Coordinates) -> tuple[Counter[st
     return files, num_bytes
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_bytes_read_before_the_first_batch_are_those_of_that_batch(
     world_size: int, dataset_dir: Path, tmp_path: Path
 ) -> None:

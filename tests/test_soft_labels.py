@@ -358,6 +358,7 @@ def test_a_sample_that_one_file_lacks_has_the_label_s_loss_alone(tmp_path: Path)
 # in training
 
 
+@pytest.mark.slow
 def test_ranks_do_not_change_the_training_and_the_files_act(soft: Path, dataset_dir: Path, tmp_path: Path) -> None:
     """1 and 2 ranks: the same samples, losses equal to 1e-5; shares 0 and 1 are plain training, and 0.7 and 0.3 are not."""
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=4)

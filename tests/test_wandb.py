@@ -72,6 +72,7 @@ def test_offline_runs_show_the_rows_of_the_history(dataset_dir: Path, tmp_path: 
     assert kept == {"config.yaml", "classes.json", "history.jsonl", "training_history.json"}
 
 
+@pytest.mark.slow
 def test_a_run_is_found_by_project_name_and_tags(dataset_dir: Path, tmp_path: Path) -> None:
     """As the config says; without a name it has the run folder's."""
     config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=1)

@@ -198,6 +198,7 @@ def test_one_odd_variable(plain: Path, tmp_path: Path, name: str, fired: Fired) 
     how="stdout and stderr are pipes that are closed before the first line",
     holds="the training goes on to its end: its record is in files",
 )
+@pytest.mark.slow
 def test_a_training_outlives_its_readers(plain: Path, tmp_path: Path, fired: Fired) -> None:
     """As under `| head`, or where a terminal hangs up: the run used to end there with exit code 0."""
     reader, writer = os.pipe()
