@@ -15,7 +15,7 @@ from aplantida_dist.checkpoint import Checkpoint, load_model_state, unpack_optim
 from aplantida_dist.config import Config
 from aplantida_dist.ema import Ema, build_ema
 from aplantida_dist.freezing import make_freezing
-from aplantida_dist.ground import Ground, Request, lay_ground, warn
+from aplantida_dist.ground import Ground, Request, lay_ground
 from aplantida_dist.history import History
 from aplantida_dist.init_from import write_beginning
 from aplantida_dist.interruption import Interruption
@@ -54,6 +54,7 @@ from aplantida_dist.soft_targets import Coverage
 from aplantida_dist.status import Status
 from aplantida_dist.strict_yaml import dump_yaml, show
 from aplantida_dist.teachers import coverage_line, seat, write_teachers
+from aplantida_dist.terminal import warn
 from aplantida_dist.wandb_report import WandbRun
 from aplantida_dist.world import World
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from aplantida_dist.run_folder import find_checkpoint, require_same_run
 from aplantida_dist.soft_targets import SoftTargets
 from aplantida_dist.spreading import name_blocks
 from aplantida_dist.teachers import Teacher, digest_of
+from aplantida_dist.terminal import warn
 from aplantida_dist.world import World
 
 
@@ -125,11 +125,6 @@ def lay_ground(config: Config, *, world: World, request: Request) -> Ground:
         digests=digests,
         train_counts=train_counts,
     )
-
-
-def warn(text: str) -> None:
-    """Say on stderr what the user should know, and what does not end the run."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _keep_silent(text: str) -> None:

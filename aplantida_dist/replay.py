@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ from aplantida_dist.model import pixel_convention
 from aplantida_dist.recipe import cache_of, dataset_of, model_of, plan_of, transforms_of
 from aplantida_dist.run_folder import CONFIG_FILE, checkpoints_dir
 from aplantida_dist.strict_yaml import show
+from aplantida_dist.terminal import warn
 
 LONGEST_KEY = 180
 """Characters of a key in a file name, of which the rest takes 30 at most, and a file system allows 255."""
@@ -72,12 +72,10 @@ def open_replay(run_dir: Path, *, dataset_dir: Path | None = None) -> Replay:
     Config and dataset must be those that its newest checkpoint names; where it has none, that cannot be known, and stderr says so.
     """
     config = load_config(run_dir / CONFIG_FILE)
-    checkpoint = newest_sound_checkpoint(checkpoints_dir(run_dir), warn=_warn)
+    checkpoint = newest_sound_checkpoint(checkpoints_dir(run_dir), warn=warn)
     dataset = dataset_of(config) if dataset_dir is None else open_dataset(dataset_dir, cache=cache_of(config))
     if checkpoint is None:
-        _warn(
-            f"{run_dir}: has no checkpoint, which would say whether this config and dataset are those it trained with"
-        )
+        warn(f"{run_dir}: has no checkpoint, which would say whether this config and dataset are those it trained with")
         split = dataset.open_split("train")
     else:
         # A split that --max-samples limits has the number in its digest, after a colon.
@@ -126,7 +124,3 @@ def _require_same(checkpoint: Checkpoint, config: Config, *, run_dir: Path) -> N
         raise ReplayError(
             f"{run_dir / CONFIG_FILE}: is not what {checkpoint.path.name} was trained with: {told}; restore the file"
         )
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The terminal: what a command prints reaches it whatever its encoding, and what is no longer there to be reached."""
+"""The terminal: what a command prints reaches it whatever its encoding, and what is no longer there to be reached; warnings."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def open_streams(*, outlive_readers: bool) -> None:
             stream.flush()
             raw = io.BufferedWriter(_Outliving(descriptor))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
+
+
+def warn(text: str) -> None:
+    """Say on stderr what the user should know, and what does not end the run."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class _Outliving(io.FileIO):

@@ -218,52 +218,25 @@ def bench_loader(pictures: Pictures, *, repeats: int) -> list[Finding]:
     passes = dict(zip(loaders, interleave(measures, repeats=repeats + 1), strict=True))
     cpu_ms = {name: [run.cpu_ms_a_picture for run in runs[1:]] for name, runs in passes.items()}
     images_per_s = {name: [run.images_per_s for run in runs[1:]] for name, runs in passes.items()}
-    return (
-        [
-            compare(
-                "loader, uint8: CPU time a picture", "ms", cpu_ms["shipped"], cpu_ms[peer], peer_name=peer, goal=goal
-            )
-            for peer, goal in CPU_GOALS.items()
-        ]
-        + [
-            compare(
-                "loader, uint8: speed",
-                "images/s",
-                images_per_s["shipped"],
-                images_per_s[peer],
-                peer_name=peer,
-                goal=goal,
-            )
-            for peer, goal in SPEED_GOALS.items()
-        ]
-        + [
-            compare(
-                "loader, normalised: CPU time a picture", "ms", cpu_ms["ours"], cpu_ms[peer], peer_name=peer, goal=goal
-            )
-            for peer, goal in NORMALISED_GOALS.items()
-        ]
-        + [
-            compare(
-                "loader, uint8, three epochs: CPU time a picture",
-                "ms",
-                cpu_ms["shipped for long"],
-                cpu_ms[peer],
-                peer_name=peer,
-                goal=goal,
-            )
-            for peer, goal in (("its transform alone", TRANSFORM_GOAL), ("threads", THREADS_GOAL))
-        ]
-        + [
-            compare(
-                "loader, uint8, three epochs: speed",
-                "images/s",
-                images_per_s["shipped for long"],
-                images_per_s["threads"],
-                peer_name="threads",
-                goal=Goal("at least", 1.0),
-            )
-        ]
-    )
+    tables = [
+        ("uint8", "shipped", CPU_GOALS, SPEED_GOALS),
+        ("normalised", "ours", NORMALISED_GOALS, {}),
+        (
+            "uint8, three epochs",
+            "shipped for long",
+            {"its transform alone": TRANSFORM_GOAL, "threads": THREADS_GOAL},
+            {"threads": Goal("at least", 1.0)},
+        ),
+    ]
+    return [
+        compare(f"loader, {what}: {quantity}", unit, found[name], found[peer], peer_name=peer, goal=goal)
+        for what, name, cpu_goals, speed_goals in tables
+        for quantity, unit, found, goals in (
+            ("CPU time a picture", "ms", cpu_ms, cpu_goals),
+            ("speed", "images/s", images_per_s, speed_goals),
+        )
+        for peer, goal in goals.items()
+    ]
 
 
 def _peer_transform() -> Any:

@@ -177,7 +177,7 @@ def _file_system(scheme: str) -> Any:
     """fsspec's own instance of this process: it keeps one for each set of options, and makes a new one after a fork."""
     match scheme:
         case "http" | "https":
-            import aiohttp  # of the extra [http]
+            import aiohttp  # of the extra [remote]
 
             # Its own limit of five minutes a request is one on how large a shard may be.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENT_S)

@@ -112,10 +112,10 @@ def require_room_for_blocks(split: Split, plan: TrainPlan, *, num_epochs: int, s
         before = np.concatenate(([0], np.cumsum(shard_bytes[permutation])))
         # A lane's block and the next are one stretch of the epoch's shards; the last one's next is the first of another order.
         stretches = [before[np.append(ends[1:], ends[-1])] - before[firsts] for firsts, ends in lanes]
-        first_block = plan.shards_of_block(epoch * plan.blocks_per_epoch, slots=slots)
+        first_block = np.concatenate([permutation[firsts[0] : ends[0]] for firsts, ends in lanes])
         across = int(shard_bytes[np.union1d(last, first_block)].sum())
         needed = max(needed, int(np.sum(stretches, axis=0).max()), across)
-        last = plan.shards_of_block((epoch + 1) * plan.blocks_per_epoch - 1, slots=slots)
+        last = np.concatenate([permutation[firsts[-1] : ends[-1]] for firsts, ends in lanes])
     if needed > split.cache.max_bytes:
         raise PlanError(
             f"data.cache_bytes {split.cache.max_bytes} is too little: a block of {plan.block_samples} samples and the next lie in shards "

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -17,6 +16,7 @@ from aplantida_dist.data.address import AddressError, Place, TransferError, copy
 from aplantida_dist.errors import UserError
 from aplantida_dist.files import reason_of, sha256_of_file
 from aplantida_dist.lock import in_turn, is_taken
+from aplantida_dist.terminal import warn
 
 _ENTRY = re.compile(r"(?P<sha256>[0-9a-f]{64})\.cached")
 _PART = re.compile(r"(?P<sha256>[0-9a-f]{64})\.(?P<num_bytes>[0-9]+)\.part")
@@ -115,7 +115,7 @@ class Cache:
         path = self.path_of(item)
         with in_turn(self._lock_path(item.sha256)), suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(descriptor)):
-                _tell(f"{path}: has changed in the cache; bringing {item.place} again")
+                warn(f"{path}: has changed in the cache; bringing {item.place} again")
                 path.unlink()
         return True
 
@@ -172,9 +172,7 @@ class Cache:
             if self._is_sound(item):
                 return
             if path.exists():
-                _tell(
-                    f"{path}: is not what was brought (its length or time stamp differs); bringing {item.place} again"
-                )
+                warn(f"{path}: is not what was brought (its length or time stamp differs); bringing {item.place} again")
                 path.unlink(missing_ok=True)
             part = self._take_room(item, takes_all=takes_all)
             try:
@@ -323,7 +321,3 @@ def _require_whole(part: Path, item: Item) -> None:
 def _open_untouched(path: Path) -> int:
     """Open for reading, so that reading does not count as asking; OSError."""
     return os.open(path, os.O_RDONLY | getattr(os, "O_NOATIME", 0))
-
-
-def _tell(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

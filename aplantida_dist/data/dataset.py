@@ -80,9 +80,8 @@ class Dataset:
             )
         split = Split(split_dir, manifest, max_samples, cache=self.cache)
         if isinstance(split_dir, Path):
-            split.require_shards(
-                split_dir
-            )  # elsewhere that would be 100,000 requests: there they are looked at as they come
+            # Elsewhere that would be 100,000 requests: there they are looked at as they come.
+            split.require_shards(split_dir)
         return split
 
 

@@ -302,9 +302,8 @@ def _loader(
         prefetch_factor=reading.prefetch_micro_batches if reading.num_workers else None,
         pin_memory=reading.pin_memory,
         worker_init_fn=_leave_requests_to_the_main_process,
-        multiprocessing_context="fork"
-        if reading.num_workers
-        else None,  # the buffers are those that a worker is born with
+        # The buffers are those that a worker is born with.
+        multiprocessing_context="fork" if reading.num_workers else None,
         generator=torch.Generator(),  # the loader draws a worker seed from it; the global generator stays untouched
     )
 
