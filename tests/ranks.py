@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,13 +35,14 @@ def run_ranks(world_size: int, act: Callable[..., Any], *arguments: Any) -> list
     """Call `act(*arguments)` on every rank of a world; returns what each returned. An exception on a rank fails the test."""
     port = free_port()
     processes, results = [], []
-    for rank in range(world_size):
-        receiver, sender = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=_on_rank, args=(sender, rank, world_size, port, act, arguments))
-        process.start()
-        sender.close()
-        processes.append(process)
-        results.append(receiver)
+    with uncollected():
+        for rank in range(world_size):
+            receiver, sender = FORK.Pipe(duplex=False)
+            process = FORK.Process(target=_on_rank, args=(sender, rank, world_size, port, act, arguments))
+            process.start()
+            sender.close()
+            processes.append(process)
+            results.append(receiver)
     values = [_receive(receiver) for receiver in results]
     for process in processes:
         process.join(TIME_LIMIT_S)
@@ -47,6 +50,16 @@ def run_ranks(world_size: int, act: Callable[..., Any], *arguments: Any) -> list
     assert not faults, "\n".join(fault.text for fault in faults)
     assert [process.exitcode for process in processes] == [0] * world_size
     return values
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Processes forked within it leave this one's objects out of their garbage collections, which would touch, and so copy, every page."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def command_on_ranks(world_size: int, module: str, arguments: Sequence[str | Path], folder: Path) -> list[Finished]:

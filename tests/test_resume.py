@@ -78,7 +78,7 @@ def test_a_run_stopped_twice_is_the_unbroken_run(
         cut_back(tmp_path / "broken", step=stop)
         said = train(1, config, tmp_path / "broken", tmp_path, *overrides)
         assert f"going on from step {stop}" in said
-        assert_same_run(tmp_path / "whole", tmp_path / "broken")
+        assert_same_run(whole, tmp_path / "broken")
 
 
 @pytest.mark.slow
@@ -204,12 +204,19 @@ def test_a_run_goes_on_with_another_number_of_ranks(dataset_dir: Path, tmp_path:
         assert ours["val"]["loss"] == pytest.approx(theirs["val"]["loss"], rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def whole(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an unbroken run on one rank, beside its config."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    train(1, write_config(folder / "config.yaml", dataset_dir, epochs=EPOCHS), folder / "whole", folder)
+    return folder / "whole"
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "lose"])
-def test_a_broken_newest_checkpoint_falls_back_and_says_so(dataset_dir: Path, tmp_path: Path, damage: str) -> None:
+def test_a_broken_newest_checkpoint_falls_back_and_says_so(whole: Path, tmp_path: Path, damage: str) -> None:
     """Found by digest, named, and the one before is taken; the run ends as it would have."""
-    config = write_config(tmp_path / "config.yaml", dataset_dir, epochs=EPOCHS)
-    train(1, config, tmp_path / "whole", tmp_path)
-    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    config = whole.parent / "config.yaml"
+    shutil.copytree(whole, tmp_path / "broken")
     newest = tmp_path / "broken" / "checkpoints" / "step_00000020" / "optimizer.safetensors"
     content = bytearray(newest.read_bytes())
     if damage == "lose":
@@ -221,7 +228,7 @@ def test_a_broken_newest_checkpoint_falls_back_and_says_so(dataset_dir: Path, tm
     assert "optimizer.safetensors" in said
     assert "falling back to the checkpoint before it" in said
     assert "going on from step 15" in said
-    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    assert_same_run(whole, tmp_path / "broken")
 
 
 def test_a_finished_run_says_so_and_changes_nothing(dataset_dir: Path, tmp_path: Path) -> None:

@@ -294,4 +294,5 @@ def test_the_laws_hold_with_a_switch_on(name: str, fill_in: Fill, dataset_dir: P
     whole = run_whole(config, overrides)
     for stop in (2, 6) if name == "train.global_batch_size" else (3, 7):
         require_exact_resume(whole, config, overrides, stop=stop)
-    require_same_on_two_ranks(whole, config, overrides)
+    # The gradients' last bit, which the order of their sum decides, turns a rounding of bf16 (2⁻⁹) here and there.
+    require_same_on_two_ranks(whole, config, overrides, rel=1e-3 if name == "train.precision" else 1e-5)

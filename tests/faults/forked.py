@@ -16,7 +16,7 @@ from typing import Protocol
 
 from accelerate.state import AcceleratorState, GradientState
 
-from tests.ranks import FORK, environment_of, free_port, run_module
+from tests.ranks import FORK, environment_of, free_port, run_module, uncollected
 
 
 @dataclass
@@ -96,8 +96,9 @@ def start(
     ranks = [
         FORK.Process(target=_rank, args=(rank, world_size, port, told, outputs, before)) for rank in range(world_size)
     ]
-    for rank in ranks:
-        rank.start()
+    with uncollected():
+        for rank in ranks:
+            rank.start()
     return ForkedRun(ranks, folder, port)
 
 
