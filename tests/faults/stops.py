@@ -13,7 +13,6 @@ from typing import Any
 
 from tests.ranks import Finished, run_module, run_ranks
 
-
 HEARD_S = 0.1
 """A thread hears the signal: on a loaded machine three rounds of a tiny model can pass before it gets the interpreter."""
 
