@@ -78,7 +78,7 @@ def test_a_run_stopped_twice_is_the_unbroken_run(
         cut_back(tmp_path / "broken", step=stop)
         said = train(1, config, tmp_path / "broken", tmp_path, *overrides)
         assert f"going on from step {stop}" in said
-        assert_same_run(whole, tmp_path / "broken")
+        assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 @pytest.mark.slow
