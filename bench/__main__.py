@@ -42,9 +42,9 @@ example:
 Decode is the train transform in one process, bytes to what is shipped, beside torchvision's (float32), timm's (uint8) and
 a bare decode, and on pictures that were re-encoded with --max-side. One thread a process, all on the CPU. CPU time is user + system of this process and its workers; a ratio is ours / the
 peer's, the median over the repeats. Every loader delivers the same pictures in batches of 64 at 224 px with the same crop,
-flip and number of workers, from the page cache, in one epoch: the peers normalised float32 from their workers; ours uint8,
-as a GPU is fed, which normalises, or (`normalised`) also float32, made in the main process. For three epochs it is beside its
-transform alone and beside as many threads of one process. Augment is each augmentation of the training alone, on decoded pictures of 224.
+flip and number of workers, kept for three epochs, from the page cache: the peers normalised float32 from their workers; ours uint8,
+as a GPU is fed, which normalises, or (`normalised`) also float32, made in the main process. It is beside its transform alone in as
+many processes, too, and beside as many threads of one process. Augment is each augmentation of the training alone, on decoded pictures of 224.
 The index is of their shards, as if they were tars of others. Building is without its audit, from files in the page cache, in wall time: ours
 digests, indexes and syncs what it writes; the peers do none of it, and are measured with a sync and `tar` also without.
 The loop has mixup, clipping and EMA on both sides. Report is such steps with W&B online, to a stand-in of its server on

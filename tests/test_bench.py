@@ -16,7 +16,7 @@ from aplantida_dist.mixing import MixupCutmix
 from aplantida_dist.world import open_world
 from bench.finding import Finding, Goal, compare, interleave
 from bench.index import index, read, read_with_sha256
-from bench.loader import Loader, image_folder, measure, ours, webdataset_pipeline
+from bench.loader import NUM_EPOCHS, Loader, image_folder, measure, ours, webdataset_pipeline
 from bench.loop import Load, make_loops
 from bench.pictures import Pictures, prepare_pictures
 from bench.report import bench_report
@@ -35,9 +35,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
 
 @pytest.mark.parametrize("loader", [ours, webdataset_pipeline, image_folder])
 def test_every_loader_delivers_every_picture_once_and_normalised(loader: Loader, pictures: Pictures) -> None:
-    """Float batches of one shape and one scale: over an epoch, the means of the channels are those of the pictures."""
+    """Float batches of one shape and one scale: over all epochs the means of the channels are those of the pictures."""
     deliveries = list(loader(pictures, 0))
-    assert sum(delivery.num_pictures for delivery in deliveries) == NUM_PICTURES
+    assert sum(delivery.num_pictures for delivery in deliveries) == NUM_EPOCHS * NUM_PICTURES
     images = torch.cat([delivery.images[: delivery.num_pictures] for delivery in deliveries])
     assert images.dtype == torch.float32
     assert images.shape[1:] == (3, 224, 224)
@@ -51,7 +51,7 @@ def test_a_pass_counts_the_time_of_the_workers(pictures: Pictures) -> None:
     started_s = time.process_time()
     measured = measure(0, loader=image_folder, pictures=pictures)
     own_s = time.process_time() - started_s
-    assert measured.num_pictures == NUM_PICTURES
+    assert measured.num_pictures == NUM_EPOCHS * NUM_PICTURES
     assert measured.cpu_s > own_s + 0.01
 
 
