@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from aplantida_dist.report import NullReport, Report, open_report
@@ -19,9 +15,10 @@ from aplantida_dist.wandb_report import Limits, WandbRun
 from aplantida_dist.world import open_world
 from bench.finding import Finding, Goal, compare, interleave
 from bench.loop import SMALL, STEPS_A_BLOCK, Load, OurLoop, make_loops
-from tests.ranks import FORK, run_ranks
+from tests.ranks import run_ranks
+from tests.wandb_beside import wandb_beside
 from tests.wandb_process import row_of
-from tests.wandb_server import Fault, serve_wandb
+from tests.wandb_server import Fault
 
 LIMITS = Limits(init_s=15.0, finish_s=5.0, grace_s=15.0)
 SERVERS: tuple[tuple[str, Fault], ...] = (("answers", "none"), ("falls silent", "hang"))
@@ -77,9 +74,9 @@ def _measure(load: Load, fault: Fault, folder: Path, repeats: int) -> list[list[
     world = open_world(precision="fp32", timeout_s=60)
     loop, _ = make_loops(load, world=world)
     loop.step()  # the first one makes the optimizer's state
-    with _server() as (url, server):
-        report = _open(folder, url=url)
-        server.send(fault)
+    with wandb_beside(folder) as server:
+        report = _open(folder)
+        server.fail(fault)
         services, epochs = _services(), count(1)
         blocks = interleave(
             [
@@ -107,9 +104,7 @@ def _run_block(loop: OurLoop, report: Report, epoch: int, services: list[int]) -
     return Block(steps_wall_ms, steps_cpu_ms, threads_cpu_ms, _cpu_ms_of(services) - service_ms)
 
 
-def _open(folder: Path, *, url: str) -> Report:
-    os.environ.update({"WANDB_BASE_URL": url, "WANDB_API_KEY": 40 * "a", "WANDB_ERROR_REPORTING": "false"})
-    os.environ["HOME"] = str(folder)
+def _open(folder: Path) -> Report:
     run = WandbRun("bench", "bench", [], "bench", folder, {})
     warn = partial(print, "bench: report:", file=sys.stderr)
     return open_report(run, mode="online", rows=(), best=None, warn=warn, limits=LIMITS)
@@ -125,23 +120,3 @@ def _services() -> list[int]:
 def _cpu_ms_of(pids: list[int]) -> float:
     """The CPU time of other processes so far, by the clock that clock_getcpuclockid(3) makes of each id."""
     return sum(1e3 * time.clock_gettime((~pid << 3) | 2) for pid in pids)
-
-
-@contextmanager
-def _server() -> Iterator[tuple[str, Connection]]:
-    """A stand-in of W&B's server in a process of its own: its address, and where to send how it fails from now on."""
-    here, there = FORK.Pipe()
-    process = FORK.Process(target=_serve, args=(there,), daemon=True)
-    process.start()
-    try:
-        yield here.recv(), here
-    finally:
-        process.kill()
-        process.join()
-
-
-def _serve(connection: Connection) -> None:
-    with serve_wandb() as server:
-        connection.send(server.url)
-        while True:
-            server.fault = connection.recv()

@@ -35,7 +35,7 @@ from tests.soak.verdict import (
     wandb_rows,
     well_behaved,
 )
-from tests.soak.wandb_beside import wandb_beside
+from tests.wandb_beside import wandb_beside
 
 EXAMPLE = """\
 example:
@@ -95,6 +95,7 @@ def main() -> int:
     with ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="soak")))
         wandb = held.enter_context(wandb_beside(folder))
+        os.environ["WANDB__FILE_STREAM_TRANSMIT_INTERVAL"] = "1"  # seconds; by itself the client waits for 15
         disk, is_mounted = held.enter_context(_disk(folder / "disk"))
         dataset_dir = _draw(folder)
         config = folder / "config.yaml"

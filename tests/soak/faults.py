@@ -19,7 +19,7 @@ from aplantida_dist.seeds import derive
 from tests.disks import remount
 from tests.soak.launcher import GRACE_S
 from tests.soak.supervisor import Supervisor
-from tests.soak.wandb_beside import WandbBeside
+from tests.wandb_beside import WandbBeside
 from tests.wandb_server import Fault
 
 Kind = Literal[

@@ -18,7 +18,7 @@ from tests.runs import rows_of
 from tests.soak.faults import KINDS, Kind, wandb_run_id
 from tests.soak.measuring import MAX_DESCRIPTORS_PER_MIN, Lives, max_mib_per_min, slope_of
 from tests.soak.supervisor import Supervisor
-from tests.soak.wandb_beside import WandbBeside
+from tests.wandb_beside import WandbBeside
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,6 @@ def wandb_beside(home: Path) -> Iterator[WandbBeside]:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
     os.environ |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "HOME": str(home), "WANDB_ERROR_REPORTING": "false"}
-    os.environ["WANDB__FILE_STREAM_TRANSMIT_INTERVAL"] = "1"  # seconds; by itself the client waits for 15
     assert process.pid is not None
     try:
         yield WandbBeside(url, process.pid, ours)
