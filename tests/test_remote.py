@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -297,13 +298,26 @@ def test_a_place_without_a_dataset_is_told(server: ShardServer, tmp_path: Path) 
 def test_identities_beside_the_manifest_spare_reading_every_shard(
     dataset_dir: Path, server: ShardServer, tmp_path: Path
 ) -> None:
-    """They are those of the tar headers, whole and limited; others than the manifest's are refused."""
+    """They are those of the tar headers, whole and limited, from an address and in a folder; others than the manifest's are refused."""
     cache = Cache(tmp_path / "cache", 2**30, 1.0)
+    shutil.copytree(dataset_dir, tmp_path / "earlier", ignore=shutil.ignore_patterns("identities.bin"))
+    shutil.copytree(dataset_dir, tmp_path / "hollow")
+    for tar in (tmp_path / "hollow").glob("*/shard-*.tar"):
+        tar.write_bytes(bytes(tar.stat().st_size))
     for max_samples in (None, 20):
-        folder = open_dataset(dataset_dir).open_split("train", max_samples=max_samples)
-        remote = open_dataset(place_of(server.url), cache=cache).open_split("train", max_samples=max_samples)
-        assert np.array_equal(folder.identities, remote.identities)
-        assert folder.identity_digest == remote.identity_digest
+        from_headers, hollow, remote = (
+            open_dataset(place, cache=its_cache).open_split("train", max_samples=max_samples)
+            for place, its_cache in (
+                (tmp_path / "earlier", None),
+                (tmp_path / "hollow", None),
+                (place_of(server.url), cache),
+            )
+        )
+        assert np.array_equal(from_headers.identities, remote.identities)
+        assert np.array_equal(from_headers.identities, hollow.identities)
+        assert from_headers.identity_digest == hollow.identity_digest == remote.identity_digest
+    with pytest.raises(UserError, match="no tar header"):
+        hollow.sample_keys(0)
     assert not [path for path in server.num_requests if "/shard-" in path]
     damaged = tmp_path / "damaged"
     (damaged / "train").mkdir(parents=True)
@@ -311,9 +325,7 @@ def test_identities_beside_the_manifest_spare_reading_every_shard(
         (damaged / name).write_bytes((dataset_dir / name).read_bytes())
     with serve(damaged) as other:
         split = open_dataset(place_of(other.url), cache=cache).open_split("train")
-        with pytest.raises(
-            UserError, match=r"train/identities.bin: cannot be read: it is not there; without it every shard"
-        ):
+        with pytest.raises(UserError, match=r"train/identities.bin: is not there; without it every shard"):
             _ = split.identities
         content = (dataset_dir / "train" / "identities.bin").read_bytes()
         (damaged / "train" / "identities.bin").write_bytes(content[:-1] + b"\0")

@@ -149,27 +149,28 @@ class Split:
 
     @cached_property
     def identity_digest(self) -> str:
-        """What an epoch's sum of identities must be: the manifest's, or for a limited split that of the keys in its headers."""
+        """What an epoch's sum of identities must be: the manifest's, or for a limited split that of its samples."""
         return _digest_of(self.identities) if self.is_limited else self.manifest.identity_digest
 
     @cached_property
     def identities(self) -> IntArray:
-        """int64 [num_samples], who the samples are, in the stored order, from the keys in the tar headers.
+        """int64 [num_samples], who the samples are, in the stored order, from the file beside the manifest.
 
-        Of a cached split they come from the file beside the manifest: to read the keys every shard would have to come. Raises
-        ShardError where they are not those of the manifest.
+        Where an earlier version built a dataset without it they come from the keys in the tar headers; for a cached split every shard
+        would have to come for that. Raises ShardError where they are not those of the manifest.
         """
-        return self._read_identities() if self.cache is None else self._load_identities()
-
-    def _load_identities(self) -> IntArray:
         path = self.split_dir / IDENTITIES_FILE
         try:
             content = path.read_bytes()
-        except OSError as error:
+        except FileNotFoundError:
+            if self.cache is None:
+                return self._read_identities()
             raise ShardError(
-                f"{path}: cannot be read: {error.strerror or 'it is not there'}; without it every shard would have to come before training "
-                "begins: build the dataset again, as those of earlier versions have none"
-            ) from error
+                f"{path}: is not there; without it every shard would have to come before training begins: "
+                "build the dataset again, as those of earlier versions have none"
+            ) from None
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read: {error.strerror or error}; {REMEDY}") from error
         identities = np.frombuffer(content[: len(content) // 8 * 8], dtype=IDENTITY_DTYPE).astype(np.int64)
         if len(content) != 8 * self.manifest.num_samples or _digest_of(identities) != self.manifest.identity_digest:
             raise ShardError(f"{path}: does not hold the identities that the manifest sums up; {REMEDY}")
