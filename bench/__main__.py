@@ -15,14 +15,15 @@ from bench.audit import bench_audit
 from bench.augment import bench_augment
 from bench.build import bench_build
 from bench.decode import NUM_PICTURES, bench_decode
+from bench.feed import bench_feed
 from bench.finding import Finding
 from bench.index import bench_index
 from bench.lanes import bench_lanes
 from bench.loader import bench_loader
-from bench.loop import bench_loop
+from bench.loop import SMALL, Load, bench_loop
 from bench.memory import bench_memory
 from bench.parity import bench_parity
-from bench.pictures import Pictures, prepare_pictures
+from bench.pictures import NUM_SHARDS, Pictures, prepare_pictures
 from bench.plan import bench_plan
 from bench.report import bench_report
 from bench.scale import bench_scale
@@ -31,13 +32,14 @@ from bench.table import machine_facts, to_text
 from bench.totals import bench_totals
 
 PARTS = ("decode", "loader", "augment", "loop", "totals", "plan", "lanes", "index", "audit", "build", "report", "stop")
-SLOW_PARTS = ("memory", "parity", "scale")
+SLOW_PARTS = ("feed", "memory", "parity", "scale")
 CACHE_DIR = Path(__file__).parent / ".cache"
 WIDTH, HEIGHT = 500, 375
 PORTRAIT_WIDTH, PORTRAIT_HEIGHT = 400, 533
 EXAMPLE = """\
 example:
   python -m bench --only loader --repeats 3
+  python -m bench --only feed --model vit_base_patch16_384 --image-size 384 --batch-size 64 --precision bf16 --workers 16
 
 Decode is the train transform in one process, bytes to what is shipped, beside torchvision's (float32), timm's (uint8) and
 a bare decode, and on pictures that were re-encoded with --max-side. One thread a process, all on the CPU. CPU time is user + system of this process and its workers; a ratio is ours / the
@@ -49,7 +51,8 @@ The index is of their shards, as if they were tars of others. Building is withou
 digests, indexes and syncs what it writes; the peers do none of it, and are measured with a sync and `tar` also without.
 The loop has mixup, clipping and EMA on both sides. Report is such steps with W&B online, to a stand-in of its server on
 this machine, beside steps without; stop is what it costs at each step to ask all ranks whether one was told to stop,
-beside the step. Parity is no speed: it trains with ours and with timm's task, loader,
+beside the step. Feed is images/s of a training, read from shards, beside the same steps on batches that lie on the device, and beside
+timm's parts with its reader on the same shards. Parity is no speed: it trains with ours and with timm's task, loader,
 optimizer and schedule on the same shards, and tells how far apart they come out.
 The first run draws the pictures (about a minute) and keeps them in bench/.cache.
 """
@@ -71,6 +74,8 @@ def _bench(part: str, options: argparse.Namespace) -> list[Finding]:
             return bench_augment(_pictures(options), repeats=options.repeats)
         case "decode":
             return _bench_decode(options)
+        case "feed":
+            return _bench_feed(options)
         case "index":
             return bench_index(_pictures(options), repeats=options.repeats)
         case "audit":
@@ -116,6 +121,21 @@ def _bench_decode(options: argparse.Namespace) -> list[Finding]:
     ]
 
 
+def _bench_feed(options: argparse.Namespace) -> list[Finding]:
+    """On a GPU where there is one; each worker of timm's reader needs a shard of its own."""
+    world = open_world(precision=options.precision, timeout_s=600)
+    pictures = prepare_pictures(
+        CACHE_DIR,
+        num_pictures=options.pictures,
+        width=WIDTH,
+        height=HEIGHT,
+        workers=os.cpu_count() or 1,
+        num_shards=max(NUM_SHARDS, options.workers),
+    )
+    load = Load(options.model, options.image_size, num_classes=1000, batch_size=options.batch_size)
+    return bench_feed(pictures.split, load, world=world, num_workers=options.workers, repeats=options.repeats)
+
+
 def _open_world() -> World:
     os.environ["ACCELERATE_USE_CPU"] = "true"  # it would take a GPU where there is one
     return open_world(precision="fp32", timeout_s=60)
@@ -137,7 +157,7 @@ def _parser() -> CommandParser:
         "--only",
         action="append",
         choices=PARTS + SLOW_PARTS,
-        help="run this part; give it again for another (default: all but memory, parity and scale)",
+        help=f"run this part; give it again for another (default: all but {', '.join(SLOW_PARTS)})",
     )
     parser.add_argument(
         "--repeats", type=count, default=5, help="how often each is measured, or a multiple of it (default %(default)s)"
@@ -158,6 +178,12 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--seeds", type=count, default=5, help="how many seeds parity trains, 2 at least (default %(default)s)"
     )
+    feed = parser.add_argument_group("feed", "what it trains, on a GPU where there is one")
+    feed.add_argument("--model", default=SMALL.model_name, help="a name of timm's (default %(default)s)")
+    feed.add_argument("--image-size", type=count, default=SMALL.image_size, help="pixels (default %(default)s)")
+    feed.add_argument("--batch-size", type=count, default=SMALL.batch_size, help="of a step (default %(default)s)")
+    feed.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default %(default)s)")
+    feed.add_argument("--workers", type=count, default=1, help="loader workers (default %(default)s)")
     return parser
 
 

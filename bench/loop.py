@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, cycle
 from pathlib import Path
 from statistics import fmean
+from typing import Protocol
 
 import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from aplantida_dist.data.batch import Batch
 from aplantida_dist.data.dataset import Split
@@ -39,6 +39,8 @@ from aplantida_dist.step import run_step
 from aplantida_dist.teachers import Teachers
 from aplantida_dist.world import World
 from bench.finding import Finding, Goal, compare, cpu_ms_of, interleave
+from bench.loader import PREFETCH
+from bench.timm_training import CROP_RATIO, CROP_SCALE, FLIP
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
@@ -65,9 +67,19 @@ class Load:
 SMALL = Load("test_vit", image_size=160, num_classes=1000, batch_size=32)
 
 
+class Labelled(Protocol):
+    """What the bare loop needs of a batch: images [b, 3, h, w] and labels int64 [b], on its device."""
+
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class OurLoop:
-    """Ours: `run_step` of the trainer, fed from memory, and now and then the totals so far, which its progress shows."""
+    """Ours: `run_step` of the trainer, and now and then the totals so far, which its progress shows."""
 
     job: Job
     running: Running
@@ -91,7 +103,7 @@ class BareLoop:
     mixup: Mixup
     criterion: nn.Module
     ema: ModelEmaV3
-    batches: Iterator[Batch]
+    batches: Iterator[Labelled]
     steps: Iterator[int]
 
     def step(self) -> None:
@@ -106,8 +118,38 @@ class BareLoop:
 
 
 def make_loops(load: Load, *, world: World) -> tuple[OurLoop, BareLoop]:
-    """Both loops, from the same weights, over the same batches."""
-    model = build_model(
+    """Both loops, from the same weights, over the same batches, which are resident."""
+    job = make_job(load, world=world)
+    batches = resident_batches(load, world=world)
+    return our_loop(job, cycle(batches)), bare_loop(load, cycle(batches), normalize=job.normalize, world=world)
+
+
+def our_loop(job: Job, batches: Iterator[Batch]) -> OurLoop:
+    """Our loop over the batches of a job's rank."""
+    return OurLoop(job, Running(Totals(job.num_classes, job.world.device)), batches, count())
+
+
+def bare_loop(load: Load, batches: Iterator[Labelled], *, normalize: nn.Module, world: World) -> BareLoop:
+    """The bare loop, on the world's device and in its precision."""
+    model = build(load)
+    ema = ModelEmaV3(model, decay=EMA_DECAY, use_warmup=True, device=world.device)
+    model = world.prepare_for_evaluation(model)  # no DDP
+    model.train()
+    return BareLoop(
+        model=model,
+        optimizer=_optimizer(model),
+        normalize=normalize,
+        mixup=Mixup(MIXUP_ALPHA, label_smoothing=0.0, num_classes=load.num_classes),
+        criterion=SoftTargetCrossEntropy(),
+        ema=ema,
+        batches=batches,
+        steps=count(),
+    )
+
+
+def build(load: Load) -> nn.Module:
+    """The model, with the same weights each time."""
+    return build_model(
         load.model_name,
         num_classes=load.num_classes,
         image_size=load.image_size,
@@ -115,23 +157,6 @@ def make_loops(load: Load, *, world: World) -> tuple[OurLoop, BareLoop]:
         kwargs={},
         seed=SEED,
     )
-    model.train()
-    batches = _resident_batches(load)
-    twin = copy.deepcopy(model)
-    bare_optimizer = _optimizer(twin)
-    normalize = Normalize(pixel_convention(model), world.device)
-    bare = BareLoop(
-        model=twin,
-        optimizer=bare_optimizer,
-        normalize=normalize,
-        mixup=Mixup(MIXUP_ALPHA, label_smoothing=0.0, num_classes=load.num_classes),
-        criterion=SoftTargetCrossEntropy(),
-        ema=ModelEmaV3(twin, decay=EMA_DECAY, use_warmup=True),
-        batches=cycle(batches),
-        steps=count(),
-    )
-    job = _job(load, model=model, normalize=normalize, world=world)
-    return OurLoop(job, Running(Totals(load.num_classes, world.device)), cycle(batches), count()), bare
 
 
 def bench_loop(*, world: World, repeats: int) -> list[Finding]:
@@ -149,7 +174,8 @@ def _means_of_blocks(steps_ms: list[float]) -> list[float]:
     return [fmean(steps_ms[start : start + STEPS_A_BLOCK]) for start in range(0, len(steps_ms), STEPS_A_BLOCK)]
 
 
-def _resident_batches(load: Load) -> list[Batch]:
+def resident_batches(load: Load, *, world: World) -> list[Batch]:
+    """Batches of noise that lie on the world's device."""
     generator = torch.Generator().manual_seed(SEED)
     shape = (load.batch_size, 3, load.image_size, load.image_size)
     return [
@@ -160,7 +186,7 @@ def _resident_batches(load: Load) -> list[Batch]:
             weights=torch.ones(load.batch_size),
             identities=torch.arange(load.batch_size),
             sample_keys=tuple(f"{step}-{i}" for i in range(load.batch_size)),
-        )
+        ).to(world.device)
         for step in range(NUM_BATCHES)
     ]
 
@@ -171,13 +197,19 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) -> Job:
-    """A job of one slot a step, with a plan that no bench reaches the end of."""
+def make_job(load: Load, *, world: World, split: Split | None = None, num_workers: int = 0) -> Job:
+    """A job of one slot a step, whose end no bench reaches; without a split nothing can be read, only resident batches trained on."""
+    model = build(load)
+    model.train()
+    normalize = Normalize(pixel_convention(model), world.device)
     ema = build_ema(model, world=world, decay=EMA_DECAY, warmup=True)
     freezing, optimizer = make_freezing(model, head_only_steps=0), _optimizer(model)
     model, optimizer = world.prepare(model, optimizer)
-    sizes = np.array([load.batch_size * 1000], dtype=np.int64)
-    nothing = make_manifest(split="train", class_map_digest="", shards=(), identity_sum=0)
+    if split is None:
+        split = Split(Path("resident"), make_manifest(split="train", class_map_digest="", shards=(), identity_sum=0))
+        sizes = np.array([load.batch_size * 1000], dtype=np.int64)
+    else:
+        sizes = split.shard_sizes
     return Job(
         world=world,
         model=model,
@@ -186,12 +218,12 @@ def _job(load: Load, *, model: nn.Module, normalize: nn.Module, world: World) ->
         normalize=normalize,
         plan=TrainPlan(sizes, SEED, load.batch_size, load.batch_size, 2**18),
         schedule=Schedule("constant", LEARNING_RATE, LEARNING_RATE, 0, 10**6),
-        train_split=Split(Path("resident"), nothing),
+        train_split=split,
         val_split=None,
         leaked=np.zeros(0, dtype=np.int64),
-        train_transform=TrainTransform(load.image_size, (1.0, 1.0), (1.0, 1.0), 0.0, 0.0, "bilinear"),
+        train_transform=TrainTransform(load.image_size, CROP_SCALE, CROP_RATIO, FLIP, 0.0, "bilinear"),
         evaluation_transform=EvaluationTransform(load.image_size, 1.0, "bilinear"),
-        reading=Reading(0, 1, pin_memory=False),
+        reading=Reading(num_workers, PREFETCH if num_workers else 1, pin_memory=world.device.type == "cuda"),
         record=Record(),
         digests={},
         num_classes=load.num_classes,

@@ -27,10 +27,12 @@ class Pictures:
     split: Split
 
 
-def prepare_pictures(cache_dir: Path, *, num_pictures: int, width: int, height: int, workers: int) -> Pictures:
+def prepare_pictures(
+    cache_dir: Path, *, num_pictures: int, width: int, height: int, workers: int, num_shards: int = NUM_SHARDS
+) -> Pictures:
     """Open the pictures of this number and size; draw them first where an earlier run has not."""
     home = cache_dir / f"{num_pictures}-pictures-{width}x{height}"
-    folder, dataset_dir = home / "pictures" / "train", home / "dataset"
+    folder, dataset_dir = home / "pictures" / "train", home / f"dataset_{num_shards}"
     if not (folder / METADATA_FILE).exists():  # it is written last
         shutil.rmtree(home, ignore_errors=True)
         draw_herbarium(
@@ -43,7 +45,7 @@ def prepare_pictures(cache_dir: Path, *, num_pictures: int, width: int, height: 
             workers=workers,
         )
     if not dataset_dir.exists():
-        limits = ShardLimits(num_samples=-(-num_pictures // NUM_SHARDS))
+        limits = ShardLimits(num_samples=-(-num_pictures // num_shards))
         options = BuildOptions(seed=SEED, limits=limits, num_workers=0, replace=False)
         build_dataset(read_folder(folder.parent), dataset_dir, options=options)
     return Pictures(folder, open_dataset(dataset_dir).open_split("train"))

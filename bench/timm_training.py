@@ -19,6 +19,7 @@ from aplantida_dist.model import PixelConvention, build_model, pixel_convention
 
 OPTIMIZER = "adamw"
 CROP_SCALE, CROP_RATIO, FLIP = (0.35, 1.0), (0.75, 1.3333), 0.5
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ def train_with_timm(recipe: Recipe, dataset: Dataset, *, seed: int) -> list[Epoc
     num_classes = dataset.class_map.num_classes
     training = make_timm_training(recipe, num_classes=num_classes, steps_per_epoch=steps_per_epoch, seed=seed)
     random_seed(seed)  # timm's transforms draw from the global generators
-    read = open_timm_loader(train_split, training, is_training=True, seed=seed)
-    val_loader = open_timm_loader(val_split, training, is_training=False, seed=seed)
+    settings: dict[str, Any] = {"image_size": recipe.image_size, "batch_size": recipe.batch_size, "seed": seed}
+    read = open_timm_loader(train_split, training.pixels, is_training=True, **settings)
+    val_loader = open_timm_loader(val_split, training.pixels, is_training=False, **settings)
     epochs = []
     for epoch in range(recipe.epochs):
         read.dataset.set_epoch(epoch)
@@ -108,22 +110,31 @@ def train_with_timm(recipe: Recipe, dataset: Dataset, *, seed: int) -> list[Epoc
     return epochs
 
 
-def open_timm_loader(split: Split, training: TimmTraining, *, is_training: bool, seed: int) -> Any:
-    """timm's loader over its WebDataset reader, in this process, with the pixels of our transforms: no colour jitter."""
-    recipe, pixels = training.recipe, training.pixels
+def open_timm_loader(
+    split: Split,
+    pixels: PixelConvention,
+    *,
+    image_size: int,
+    batch_size: int,
+    is_training: bool,
+    seed: int,
+    num_workers: int = 0,
+    device: torch.device = CPU,
+) -> Any:
+    """timm's loader over its WebDataset reader, with the pixels of our transforms: no colour jitter. A GPU normalises by itself, as in its script."""
     names = "::".join(shard.name for shard in split.manifest.shards)
     dataset = create_dataset(
         "wds/",
         root=str(split.split_dir),
         split=f"{names}|{split.num_samples}",
         is_training=is_training,
-        batch_size=recipe.batch_size,
+        batch_size=batch_size,
         seed=seed,
     )
     return create_loader(
         dataset,
-        input_size=(3, recipe.image_size, recipe.image_size),
-        batch_size=recipe.batch_size,
+        input_size=(3, image_size, image_size),
+        batch_size=batch_size,
         is_training=is_training,
         scale=CROP_SCALE,
         ratio=CROP_RATIO,
@@ -133,8 +144,9 @@ def open_timm_loader(split: Split, training: TimmTraining, *, is_training: bool,
         mean=pixels.mean,
         std=pixels.std,
         crop_pct=pixels.crop_fraction,
-        num_workers=0,
-        use_prefetcher=False,
+        num_workers=num_workers,
+        use_prefetcher=device.type != "cpu",
+        device=device,
     )
 
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from aplantida_dist.metrics import Totals, compute
 from aplantida_dist.mixing import MixupCutmix
 from aplantida_dist.world import open_world
+from bench.feed import bench_feed
 from bench.finding import Finding, Goal, compare, interleave
 from bench.index import index, read, read_with_sha256
 from bench.loader import NUM_EPOCHS, Loader, image_folder, measure, ours, webdataset_pipeline
 from bench.loop import Load, make_loops
-from bench.pictures import Pictures, prepare_pictures
+from bench.pictures import NUM_SPECIES, Pictures, prepare_pictures
 from bench.report import bench_report
 from bench.stop import bench_stop
 from bench.table import to_text
@@ -91,6 +92,21 @@ def test_both_loops_take_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(logits_of(job.model, pictures), trained, atol=1e-4, rtol=0)
     torch.testing.assert_close(logits_of(job.ema.model, pictures), averaged, atol=1e-4, rtol=0)
     assert compute(our_loop.running.totals.vector).num_samples == 24
+
+
+@pytest.mark.filterwarnings("ignore")  # webdataset's and torch's own, in timm's reader
+def test_a_fed_training_is_beside_a_resident_one_and_timms(pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each loop takes its steps, over the ends of epochs."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    world = open_world(precision="fp32", timeout_s=60)
+    load = Load("test_vit", image_size=32, num_classes=NUM_SPECIES, batch_size=4)
+    resident, timms = bench_feed(pictures.split, load, world=world, num_workers=1, repeats=1)
+    assert (resident.peer_name, timms.peer_name) == ("resident batches", "timm's reader and parts")
+    assert resident.ours == timms.ours > 0.0
+    assert resident.peer is not None
+    assert timms.peer is not None
+    assert timms.peer > 0.0
+    assert "fp32, cpu, 1 workers" in resident.what
 
 
 def logits_of(model: nn.Module, pictures: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,11 +75,12 @@ def test_a_peer_with_another_recipe_is_told_apart(
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's, when an epoch ends
 def test_timm_reads_our_shards_whole(dataset_dir: Path) -> None:
     """Every val sample once; of train every one, and as many more as fill the last batch; pixels normalised alike."""
-    dataset, training = open_dataset(dataset_dir), timm_training()
-    val = open_timm_loader(dataset.open_split("val"), training, is_training=False, seed=0)
+    dataset, pixels = open_dataset(dataset_dir), timm_training().pixels
+    settings: dict[str, Any] = {"image_size": RECIPE.image_size, "batch_size": RECIPE.batch_size, "seed": 0}
+    val = open_timm_loader(dataset.open_split("val"), pixels, is_training=False, **settings)
     labels = Counter(torch.cat([labels for _, labels in val]).tolist())
     assert [labels[index] for index in range(6)] == [3, 1, 1, 2, 1, 1]
-    train = open_timm_loader(dataset.open_split("train"), training, is_training=True, seed=0)
+    train = open_timm_loader(dataset.open_split("train"), pixels, is_training=True, **settings)
     batches = list(train)
     assert [images.shape for images, _ in batches] == [(16, 3, 32, 32)] * 5
     labels = Counter(torch.cat([labels for _, labels in batches]).tolist())

@@ -102,5 +102,5 @@ def test_the_bytes_read_before_the_first_batch_are_those_of_that_batch(
             assert counted.opened_for_the_batch == files
             assert counted.bytes_read == num_bytes
             at_start = {"classes.json", "train/manifest.json", "val/manifest.json"}
-            of_val = {"val/shard-000000.idx", "val/shard-000000.tar"} if rank == 0 else set()
+            of_val = {"val/identities.bin"} if rank == 0 else set()
             assert (counted.opened - files).keys() == at_start | of_val
