@@ -57,6 +57,7 @@ def main() -> int:
         training = _compose_across_ranks(arguments, config, world=world, listener=listener)
         record = training.job.record
         watchdog.tell_cause_to(record.fail)
+        watchdog.leave_stacks_in(arguments.run_dir)
         _collect_only_what_follows()
         try:
             train(training.job, start_step=training.start_step, running=training.running)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 
 from aplantida_dist.beat import SILENT_AFTER_S, Beat, Doing, Sight, Stage, blame, decode_beat
 from aplantida_dist.board import Board, Messenger
@@ -62,6 +63,7 @@ class Watchdog:
         self._told = ""
         """The first cause, where another rank has told it."""
         self._tell_cause: Callable[[str], None] = lambda text: None
+        self._stacks_dir: Path | None = None
 
     def at(self, stage: Stage, *, step: int) -> None:
         """Note that this rank begins a stage after so many completed steps."""
@@ -76,6 +78,10 @@ class Watchdog:
     def tell_cause_to(self, tell: Callable[[str], None]) -> None:
         """Have the first cause of a failure told here too, such as to status.json; it may be called from the thread."""
         self._tell_cause = tell
+
+    def leave_stacks_in(self, folder: Path) -> None:
+        """Where this rank ends because something stands still, have it leave its threads' stacks there, in a file of its own."""
+        self._stacks_dir = folder
 
     def beat(self) -> Beat:
         """This rank's next sign of life."""
@@ -189,7 +195,10 @@ class Watchdog:
             if still_s >= self.budget_s or num_lost > 1:
                 told = blame([*sights, Sight(self.beat(), 0.0, still_s, False)])
                 waited = f"rank {self.rank} has waited {still_s:.0f} s of the {self.budget_s:.0f} of train.timeout_s"
-                self._end(f"{told}; {waited}; {_REMEDY}")
+                stacks = (
+                    "" if self._stacks_dir is None else f"; what each rank was in: {self._stacks_dir}/stacks_rank_*.txt"
+                )
+                self._end(f"{told}; {waited}{stacks}; {_REMEDY}")
 
     def _look_afresh(self) -> None:
         """Begin to look at the others: what they did while nobody looked is not held against them."""
@@ -248,7 +257,7 @@ class Watchdog:
         is_mine, first = self._claim(text)
         if is_mine:
             print(f"error: {text}", file=sys.stderr, flush=True)
-        telling = threading.Thread(target=self._tell_cause, args=(first,), daemon=True)
+        telling = threading.Thread(target=self._leave_word, args=(first,), daemon=True)
         telling.start()
         telling.join(ENDING_S / 2)  # the folder of status.json may be what everything waits for
         for beat in (peer.beat for peer in self._peers.values()):
@@ -258,6 +267,12 @@ class Watchdog:
                     os.kill(beat.pid, signal.SIGKILL)
         time.sleep(self._read_within_s)
         os._exit(EXIT_CODE)
+
+    def _leave_word(self, first: str) -> None:
+        if self._stacks_dir is not None:
+            with contextlib.suppress(OSError), (self._stacks_dir / f"stacks_rank_{self.rank}.txt").open("w") as file:
+                faulthandler.dump_traceback(file)
+        self._tell_cause(first)
 
 
 class _Peer:

@@ -145,6 +145,9 @@ def test_a_stuck_rank_is_named(
     assert f"rank {guilty} (pid {run.ranks[guilty].pid} on " in said
     assert "is alive and has not moved for" in said
     assert f"last seen {stage}" in said
+    assert f"what each rank was in: {tmp_path}/run/stacks_rank_*.txt" in said
+    for rank in range(2):
+        assert "in _run_steps" in (tmp_path / "run" / f"stacks_rank_{rank}.txt").read_text()
     assert 2 in run.codes()
     fired(f"gone {seconds:.0f} s after the start of the run")
 
