@@ -75,6 +75,7 @@ def evaluate_across_ranks(
     leaked_here = torch.from_numpy(leaked).to(world.device)
     in_training = [module for module in model.modules() if module.training]
     model.eval()
+    world.watchdog.note("reading a batch")
     with torch.no_grad():
         for read in stream(micro_batches, [Coordinates(0, 0, slot) for slot in slots], reading=reading):
             between_rounds()

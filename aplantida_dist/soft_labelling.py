@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,7 +49,7 @@ def write_parts_across_ranks(labelling: Labelling, parts: SoftLabelParts, *, wor
     first_sample, num_samples = first_part * parts.part_samples, parts.facts.num_samples
     pace = Pace(total=num_samples - first_sample, doing="labelling samples")
     for part, slots in enumerate(slots_of_parts, start=first_part):
-        records = [_label(next(batches), model, labelling, world) for _ in slots]
+        records = [_label(batches, model, labelling, world) for _ in slots]
         by_rank = world.gather_across_ranks(records)
         # The ranks take slots in turn, so taking one of each in turn is the stored order.
         in_order = [rank[turn] for turn in range(len(by_rank[0])) for rank in by_rank if turn < len(rank)]
@@ -63,8 +64,10 @@ def _slots(plan: StoredPlan, part: int, world: World) -> range:
     return range(part * SLOTS_PER_PART + world.rank, end, world.world_size)
 
 
-def _label(read: Batch, model: nn.Module, labelling: Labelling, world: World) -> NDArray[Any]:
-    """What the teacher says of a micro-batch, its padding left out."""
+def _label(batches: Iterator[Batch], model: nn.Module, labelling: Labelling, world: World) -> NDArray[Any]:
+    """What the teacher says of the next micro-batch, its padding left out."""
+    world.watchdog.note("reading a batch")
+    read = next(batches)
     world.watchdog.note("working")
     batch = read.to(world.device)
     with torch.no_grad():

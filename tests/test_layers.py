@@ -33,7 +33,7 @@ LAYERS = [
         "device_clock",
         "data.work",
     ],
-    ["watchdog", "verdict"],
+    ["watchdog", "verdict", "data.worker"],
     [
         "data.address",
         "files",

@@ -27,6 +27,7 @@ from aplantida_dist.data.index import ChangedMemberError, Member, ShardError, re
 from aplantida_dist.data.manifest import identity_of
 from aplantida_dist.data.plan import Coordinates, StoredPlan, TrainPlan
 from aplantida_dist.data.work import Work
+from aplantida_dist.data.worker import WorkerContext
 from aplantida_dist.errors import UserError
 from aplantida_dist.seeds import derive
 from aplantida_dist.signals import held_back, outlive_requests
@@ -303,7 +304,7 @@ def _loader(
         pin_memory=reading.pin_memory,
         worker_init_fn=_leave_requests_to_the_main_process,
         # The buffers are those that a worker is born with.
-        multiprocessing_context="fork" if reading.num_workers else None,
+        multiprocessing_context=WorkerContext() if reading.num_workers else None,
         generator=torch.Generator(),  # the loader draws a worker seed from it; the global generator stays untouched
     )
 
