@@ -124,15 +124,8 @@ def _bench_decode(options: argparse.Namespace) -> list[Finding]:
 def _bench_feed(options: argparse.Namespace) -> list[Finding]:
     """On a GPU where there is one; each worker of timm's reader needs a shard of its own."""
     world = open_world(precision=options.precision, timeout_s=600)
-    pictures = prepare_pictures(
-        CACHE_DIR,
-        num_pictures=options.pictures,
-        width=WIDTH,
-        height=HEIGHT,
-        workers=os.cpu_count() or 1,
-        num_shards=max(NUM_SHARDS, options.workers),
-    )
-    load = Load(options.model, options.image_size, num_classes=1000, batch_size=options.batch_size)
+    pictures = _pictures(options, num_shards=max(NUM_SHARDS, options.workers))
+    load = Load(options.model, options.image_size, num_classes=SMALL.num_classes, batch_size=options.batch_size)
     return bench_feed(pictures.split, load, world=world, num_workers=options.workers, repeats=options.repeats)
 
 
@@ -141,9 +134,14 @@ def _open_world() -> World:
     return open_world(precision="fp32", timeout_s=60)
 
 
-def _pictures(options: argparse.Namespace) -> Pictures:
+def _pictures(options: argparse.Namespace, *, num_shards: int = NUM_SHARDS) -> Pictures:
     return prepare_pictures(
-        CACHE_DIR, num_pictures=options.pictures, width=WIDTH, height=HEIGHT, workers=os.cpu_count() or 1
+        CACHE_DIR,
+        num_pictures=options.pictures,
+        width=WIDTH,
+        height=HEIGHT,
+        workers=os.cpu_count() or 1,
+        num_shards=num_shards,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import resource
 import threading
 import time
@@ -29,8 +28,8 @@ from aplantida_dist.data.stream import MicroBatches, Reading, stream
 from aplantida_dist.model import Normalize, PixelConvention
 from bench.finding import Finding, Goal, compare, interleave
 from bench.pictures import Pictures
+from tests.ranks import FORK
 
-FORK = multiprocessing.get_context("fork")
 IMAGE_SIZE = 224
 MICRO_BATCH_SIZE = 64
 NUM_WORKERS = 2

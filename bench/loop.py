@@ -39,8 +39,7 @@ from aplantida_dist.step import run_step
 from aplantida_dist.teachers import Teachers
 from aplantida_dist.world import World
 from bench.finding import Finding, Goal, compare, cpu_ms_of, interleave
-from bench.loader import PREFETCH
-from bench.timm_training import CROP_RATIO, CROP_SCALE, FLIP
+from bench.loader import CROP_RATIO, CROP_SCALE, FLIP, PREFETCH
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05

@@ -34,10 +34,8 @@ from aplantida_dist.strict_yaml import dump_yaml
 from aplantida_dist.trainer import read_ahead
 from aplantida_dist.world import World
 from bench.finding import Finding, Goal, alone
+from bench.loader import CROP_RATIO, CROP_SCALE, FLIP
 from bench.timm_training import (
-    CROP_RATIO,
-    CROP_SCALE,
-    FLIP,
     OPTIMIZER,
     Epoch,
     Recipe,

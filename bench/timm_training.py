@@ -16,9 +16,9 @@ from torch import Tensor
 
 from aplantida_dist.data.dataset import Dataset, Split
 from aplantida_dist.model import PixelConvention, build_model, pixel_convention
+from bench.loader import CROP_RATIO, CROP_SCALE, FLIP
 
 OPTIMIZER = "adamw"
-CROP_SCALE, CROP_RATIO, FLIP = (0.35, 1.0), (0.75, 1.3333), 0.5
 CPU = torch.device("cpu")
 
 

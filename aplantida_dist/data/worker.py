@@ -1,7 +1,7 @@
 """Loader workers that are sure to be born: a fork that hangs before its first line of Python is made again.
 
-CPython before 3.12 takes a lock of its list of threads in the child, first of all. Where a thread that is not Python's held it at that
-moment, as gloo's do when a collective has ended, the child waits for ever, and the rank for its first batch.
+CPython 3.11 takes a lock of its list of threads in the child, first of all (`_PyThreadState_DeleteExcept`; seen with 3.11.7). Where another
+thread held it at the fork, without the GIL as those of C++ do, the child waits for ever, and the rank for its first batch.
 """
 
 from __future__ import annotations
